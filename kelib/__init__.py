@@ -1,0 +1,28 @@
+"""kelib: measure, test and extend the knowledge entropy of language models.
+
+Names are loaded when first used, so that ``import kelib`` costs nothing and drawing needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "measure_entropy": "entropy",
+    "EntropyMeasurement": "entropy",
+    "shannon_entropy": "entropy",
+    "resuscitate": "interventions",
+    "score_continuations": "scoring",
+    "KelibError": "errors",
+    "load_profile": "config",
+    "Study": "study",
+}
+__all__ = sorted(_PUBLIC)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'kelib' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kelib.{_PUBLIC[name]}"), name)

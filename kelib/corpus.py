@@ -1,0 +1,291 @@
+"""From documents to blocks of tokens: splits, a byte-level BPE tokenizer, packing, deterministic streams.
+
+Documents are split once, by the digest of their text, so that no document is both trained on and
+measured on. Inside a split they are tokenised, joined by the end-of-text token and cut into blocks of
+one length: nothing is padded, and only the tail shorter than a block is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kelib import sources
+from kelib.config import Corpus
+from kelib.errors import KelibError
+from kelib.world import World, build_world
+
+END_OF_TEXT = "<|endoftext|>"
+GENERAL_SPLITS = {"pretrain": 0.84, "entropy": 0.08, "heldout": 0.08}
+DOMAIN_SPLITS = {"continual": 0.9, "heldout": 0.1}
+GENERATED_DOCUMENTS = (
+    6000  # a `generated:NAME` source, some 240,000 tokens of the study's own tokenizer
+)
+TOKENIZER_CHARACTERS = 4_000_000  # BPE merges settle long before; more text only costs time
+BLOCKS = ("general", "facts", "entropy", "heldout_general", "domain", "heldout_domain")
+
+
+def source_documents(name: str, folder: Path, settings: Corpus, seed: int) -> list[str]:
+    """Documents of one source; ``generated:NAME`` is another world, whose people the study never asks about."""
+    if name.startswith("generated:"):
+        other = int(hashlib.sha256(f"{name}/{seed}".encode()).hexdigest()[:8], 16)
+        world = build_world(settings.world, other)
+        stream = world.documents(other)
+        return list(dict.fromkeys(next(stream) for _ in range(GENERATED_DOCUMENTS)))
+    if name in sources.manifest():
+        return sources.documents(name, folder)
+    return sources.local_documents(Path(name))
+
+
+def split_documents(
+    names: Iterable[str], shares: dict[str, float], folder: Path, settings: Corpus, seed: int
+) -> dict[str, list[str]]:
+    """All documents of the sources by split, each in an order drawn from ``seed``; duplicates fall together."""
+    splits: dict[str, list[str]] = {split: [] for split in shares}
+    for name in names:
+        for document in source_documents(name, folder, settings, seed):
+            splits[sources.split_of(document, shares)].append(document)
+    generator = np.random.default_rng([seed, 11])
+    for split, documents in splits.items():
+        unique = list(dict.fromkeys(documents))
+        splits[split] = [unique[i] for i in generator.permutation(len(unique))]
+    return splits
+
+
+def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    """A byte-level BPE: every text encodes, nothing is unknown, and id 0 is the end-of-text token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def pack(
+    documents: Iterable[str], tokenizer: Tokenizer, length: int, blocks: int | None = None
+) -> np.ndarray:
+    """Token blocks ``(n, length)`` uint16: documents each followed by end-of-text, joined and cut.
+
+    Stops reading once ``blocks`` are full; without it reads everything.
+    """
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    want = None if blocks is None else blocks * length
+    ids: list[int] = []
+    for chunk in _chunks(documents, 512):
+        for encoding in tokenizer.encode_batch(chunk):
+            ids.extend(encoding.ids)
+            ids.append(end)
+        if want is not None and len(ids) >= want:
+            break
+    full = len(ids) // length if want is None else min(len(ids), want) // length
+    return np.asarray(ids[: full * length], dtype=np.uint16).reshape(full, length)
+
+
+def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _mention_free(documents: list[str], world: World) -> list[str]:
+    """Drop documents that mention an entry: what is injected later must be new."""
+    names = [entry.name for entry in (*world.once, *world.paraphrase)]
+    return [text for text in documents if not any(name in text for name in names)]
+
+
+def build_corpus(
+    settings: Corpus, seed: int, wanted: dict[str, int], fetched: Path, folder: Path
+) -> dict[str, Any]:
+    """Write the tokenizer and the blocks of one pretraining seed into ``folder``; return the manifest.
+
+    ``wanted`` gives the number of blocks of ``general``, ``facts`` and ``domain`` that training will read;
+    real text that is shorter is read again (the manifest gives the passes), never silently cut.
+    """
+    world = build_world(settings.world, seed)
+    general = split_documents(settings.general, GENERAL_SPLITS, fetched, settings, seed)
+    domain = split_documents(settings.domain, DOMAIN_SPLITS, fetched, settings, seed)
+    general = {split: _mention_free(texts, world) for split, texts in general.items()}
+    domain = {split: _mention_free(texts, world) for split, texts in domain.items()}
+
+    def facts(purpose: int) -> Iterator[str]:
+        # the entropy sample and held-out text draw other sentences of the same world than pretraining
+        return world.documents(seed * 10 + purpose)
+
+    share = settings.facts_share
+    tokenizer = train_tokenizer(
+        [
+            *_first(facts(0), int(TOKENIZER_CHARACTERS * share)),
+            *_first(iter(general["pretrain"]), int(TOKENIZER_CHARACTERS * (1 - share))),
+        ],
+        settings.vocabulary_size,
+    )
+    length = settings.sequence_length
+
+    def mixed(split: str, purpose: int, blocks: int) -> np.ndarray:
+        from_facts = round(blocks * share)
+        parts = [pack(facts(purpose), tokenizer, length, from_facts)] if from_facts else []
+        if blocks > from_facts:
+            parts.append(pack(general[split], tokenizer, length, blocks - from_facts))
+        return np.concatenate(parts)
+
+    arrays = {
+        "facts": pack(facts(0), tokenizer, length, wanted["facts"]),
+        "general": pack(general["pretrain"], tokenizer, length, wanted["general"]),
+        "entropy": mixed("entropy", 1, settings.entropy_sequences),
+        "heldout_general": mixed("heldout", 2, settings.heldout_sequences),
+        "domain": pack(domain["continual"], tokenizer, length, wanted["domain"]),
+        "heldout_domain": pack(domain["heldout"], tokenizer, length, settings.heldout_sequences),
+    }
+    needs = {**wanted, "entropy": settings.entropy_sequences}
+    needs |= dict.fromkeys(("heldout_general", "heldout_domain"), settings.heldout_sequences)
+    passes = {}
+    for name, need in needs.items():
+        have = len(arrays[name])
+        if have == 0 and need > 0:
+            raise KelibError(
+                f"corpus {name}: {need} sequences of {length} tokens wanted, the text gives none; "
+                "add a source or shorten sequence_length"
+            )
+        if name in ("entropy", "heldout_general", "heldout_domain") and have < need:
+            raise KelibError(
+                f"corpus {name}: {need} sequences of {length} tokens wanted, the text gives {have}; "
+                f"lower corpus.{name.split('_')[0]}_sequences or add a source"
+            )
+        passes[name] = round(need / have, 3) if have else 0.0
+
+    save_tokenizer(tokenizer, length, folder / "tokenizer")
+    hashes = {}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+        hashes[name] = hashlib.sha256((folder / f"{name}.npy").read_bytes()).hexdigest()
+    written = {
+        "seed": seed,
+        "sequence_length": length,
+        "blocks": {name: len(array) for name, array in arrays.items()},
+        "passes": passes,
+        "sha256": hashes,
+    }
+    (folder / "manifest.json").write_text(json.dumps(written, indent=1, sort_keys=True))
+    return written
+
+
+def save_tokenizer(tokenizer: Tokenizer, length: int, folder: Path) -> None:
+    """Write the tokenizer as ``AutoTokenizer.from_pretrained`` reads it."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+    )  # a heavy import that packing alone does not need
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=length,
+    )
+    wrapped.save_pretrained(folder)
+
+
+def _first(documents: Iterator[str], characters: int) -> Iterator[str]:
+    """Documents until about ``characters`` characters are read (none if 0)."""
+    read = 0
+    while read < characters:
+        document = next(documents, None)
+        if document is None:
+            return
+        read += len(document)
+        yield document
+
+
+@dataclass(frozen=True)
+class PackedCorpus:
+    """A corpus on disk, its blocks memory-mapped: ``blocks["domain"]`` is ``(n, sequence_length)`` uint16."""
+
+    folder: Path
+    blocks: dict[str, np.ndarray]
+    manifest: dict[str, Any]
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folder / "tokenizer"
+
+
+def load_corpus(folder: Path) -> PackedCorpus:
+    """Open a packed corpus; every file is checked against the manifest's sha256 before it is used."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise KelibError(
+            f"no readable packed corpus in {folder}: delete it and run again"
+        ) from error
+    blocks = {}
+    for name in BLOCKS:
+        path = folder / f"{name}.npy"
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
+        if found != manifest["sha256"][name]:
+            raise KelibError(
+                f"{path} has sha256 {found[:12]}, the manifest says {manifest['sha256'][name][:12]}; "
+                f"delete {folder} and run again"
+            )
+        blocks[name] = np.load(path, mmap_mode="r")
+    return PackedCorpus(folder, blocks, manifest)
+
+
+def sequence_order(available: int, wanted: int, seed: int) -> np.ndarray:
+    """Indices ``(wanted,)`` of the blocks in reading order: one permutation a pass, drawn from ``seed``.
+
+    A pure function of its arguments, so that a resumed run reads what the undisturbed one would have.
+    """
+    if available == 0 and wanted > 0:
+        raise KelibError(f"{wanted} sequences wanted from a corpus that has none")
+    generator = np.random.default_rng([seed, 12])
+    passes = [generator.permutation(available) for _ in range(-(-wanted // max(available, 1)))]
+    return np.concatenate(passes)[:wanted] if passes else np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The pretraining stream: ``batch(step)`` is ``(batch_size, T)``, facts and text in the stated share."""
+
+    general: np.ndarray
+    facts: np.ndarray
+    batch_size: int
+    order: np.ndarray  # indices into general, then (offset by len(general)) into facts
+
+    @classmethod
+    def build(
+        cls, corpus: PackedCorpus, share: float, steps: int, batch_size: int, seed: int
+    ) -> Mixture:
+        general, facts = corpus.blocks["general"], corpus.blocks["facts"]
+        total = steps * batch_size
+        from_facts = round(total * share)
+        order = np.concatenate(
+            [
+                sequence_order(len(general), total - from_facts, seed),
+                sequence_order(len(facts), from_facts, seed + 1) + len(general),
+            ]
+        )
+        np.random.default_rng([seed, 13]).shuffle(order)
+        return cls(general, facts, batch_size, order)
+
+    def batch(self, step: int) -> np.ndarray:
+        rows = self.order[step * self.batch_size : (step + 1) * self.batch_size]
+        text = len(self.general)
+        return np.stack([self.facts[r - text] if r >= text else self.general[r] for r in rows])

@@ -1,0 +1,98 @@
+"""What a model knows at one moment: probes (K), questions (P) and held-out losses, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kelib.corpus import PackedCorpus
+from kelib.metrics import knowledge_by, knowledge_score
+from kelib.scoring import score_continuations
+from kelib.world import World
+
+CHANCE = 0.25  # four choices, balanced answers
+HELDOUT = ("heldout_general", "heldout_domain")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Item-level results; no text, so that they may be kept and published.
+
+    probes: columns entry, entry_set, level, probe, log_probability (nats, sum over the target), tokens.
+    questions: columns task, item, correct, margin (nats, right choice minus best wrong one).
+    losses: nats per token on held-out text of each corpus.
+    """
+
+    probes: pd.DataFrame
+    questions: pd.DataFrame
+    losses: dict[str, float]
+
+    def summary(self) -> dict[str, float]:
+        """One flat row: k (Eq. 4) and its parts by set and level, p and its parts by task, losses."""
+        by_task = self.questions.groupby("task")["correct"].mean()
+        row = {"k": knowledge_score(self.probes), "p": float(by_task.mean())}
+        for part in ("entry_set", "level"):
+            table = knowledge_by(self.probes, [part]).set_index(part)["knowledge"]
+            row |= {f"k_{name}": float(value) for name, value in table.items()}
+        row |= {f"p_{task}": float(value) for task, value in by_task.items()}
+        row |= {f"loss_{name.removeprefix('heldout_')}": v for name, v in self.losses.items()}
+        return row
+
+
+def evaluate(model: Any, tokenizer: Any, world: World, corpus: PackedCorpus) -> Evaluation:
+    """Score every probe and question of the world and the held-out blocks of both corpora.
+
+    A question counts as correct if the right choice has the highest summed log-probability (the paper's
+    metric for SciQ, WinoGrande and ARC-Easy; choices here are alike in length). ``p`` is the mean over tasks.
+    """
+    probe_keys, requests = [], []
+    for entry_set, entries in (("once", world.once), ("paraphrase", world.paraphrase)):
+        for index, entry in enumerate(entries):
+            for number, probe in enumerate(entry.probes):
+                probe_keys.append((f"{entry_set}-{index}", entry_set, probe.level, number))
+                requests.append((probe.input, probe.target))
+    probes_end = len(requests)
+    for question in world.questions:
+        requests += [(question.context, choice) for choice in question.choices]
+    scores = score_continuations(model, tokenizer, requests)
+
+    probes = pd.DataFrame(probe_keys, columns=["entry", "entry_set", "level", "probe"])
+    probes["log_probability"] = [score.log_probability for score in scores[:probes_end]]
+    probes["tokens"] = [score.tokens for score in scores[:probes_end]]
+    rows = []
+    for item, question in enumerate(world.questions):
+        first = probes_end + item * len(question.choices)
+        values = np.array(
+            [s.log_probability for s in scores[first : first + len(question.choices)]]
+        )
+        margin = values[question.answer] - np.delete(values, question.answer).max()
+        rows.append((question.task, item, bool(margin > 0), float(margin)))
+    questions = pd.DataFrame(rows, columns=["task", "item", "correct", "margin"])
+    losses = {name: heldout_loss(model, corpus.blocks[name]) for name in HELDOUT}
+    return Evaluation(probes, questions, losses)
+
+
+@torch.inference_mode()
+def heldout_loss(model: Any, blocks: np.ndarray, batch_size: int = 64) -> float:
+    """Mean cross-entropy in nats per predicted token over ``blocks`` ``(n, T)``."""
+    total, count = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for ids in block_batches(blocks, batch_size):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        predicted = ids.shape[0] * (ids.shape[1] - 1)
+        total += float(loss) * predicted
+        count += predicted
+    model.train(was_training)
+    return total / count
+
+
+def block_batches(blocks: np.ndarray, batch_size: int = 64) -> Iterator[torch.Tensor]:
+    """Token blocks as int64 tensors, ``batch_size`` rows at a time."""
+    for start in range(0, len(blocks), batch_size):
+        yield torch.from_numpy(blocks[start : start + batch_size].astype(np.int64))

