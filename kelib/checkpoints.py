@@ -65,13 +65,13 @@ def save_checkpoint(model: Any, tokenizer_folder: Path, run: Path, note: dict[st
 def read_note(folder: Path) -> dict[str, Any]:
     """The note of a checkpoint. KelibError if there is none, or it cannot be read."""
     try:
-        return json.loads((folder / NOTE).read_text())
+        return dict(json.loads((folder / NOTE).read_text()))
     except FileNotFoundError as error:
         siblings = [p.name for p in folder.parent.glob("step*")] if folder.parent.exists() else []
         raise KelibError(
             f"no checkpoint of this study in {folder}; beside it are {listing(siblings)}"
         ) from error
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError) as error:  # not JSON, or not a mapping
         raise KelibError(
             f"{folder / NOTE} cannot be read ({error}); delete the folder and run again"
         ) from error
@@ -92,5 +92,6 @@ def load_checkpoint(folder: Path, digest: str | None = None) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds for a broken folder
-        raise KelibError(f"{folder} cannot be loaded ({error}); delete it and run again") from error
+        reason = " ".join(str(error).split())
+        raise KelibError(f"{folder} cannot be loaded ({reason}); delete it, run again") from error
     return model.eval(), tokenizer

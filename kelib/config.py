@@ -6,6 +6,7 @@ dataclass here, so that its digest names the run: change a value and only what d
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -58,8 +59,8 @@ class Corpus:
     world: WorldSize
 
     def __post_init__(self) -> None:
-        _at_least(self, vocabulary_size=300, sequence_length=8, entropy_sequences=1)
-        _at_least(self, heldout_sequences=1)
+        _within(self, 300, 65536, "vocabulary_size")  # blocks are stored as uint16
+        _at_least(self, sequence_length=8, entropy_sequences=1, heldout_sequences=1)
         _within(self, 0, 1, "facts_share")
         _require(self.domain != (), "corpus.domain", self.domain, "at least one source")
         _require(
@@ -68,6 +69,11 @@ class Corpus:
             self.general,
             "at least one source unless facts_share is 1",
         )
+        both = sorted(set(self.general) & set(self.domain))
+        _require(both == [], "corpus.domain", self.domain, f"other sources than general: {both}")
+        for name in ("once_entries", "paraphrase_entries"):
+            count = getattr(self.world, name)
+            _require(count >= 1, f"corpus.world.{name}", count, "at least 1: K needs both sets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Model:
 
     def __post_init__(self) -> None:
         _at_least(self, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1)
+        _at_least(self, hidden_size=1)
         heads = self.num_attention_heads
         _require(
             self.hidden_size % (2 * heads) == 0,
@@ -104,7 +111,13 @@ class Optimizer:
     def __post_init__(self) -> None:
         _within(self, 0, 1, "warmup_share", "final_share")
         _within(self, 0, math.inf, "weight_decay")
-        _require(self.clip > 0, "clip", self.clip, "above 0")
+        _require(self.clip > 0, "optimizer.clip", self.clip, "above 0")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "between 0 and 1 (exclusive)",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +172,7 @@ class Continual:
         for rate in self.learning_rates:
             _require(rate > 0, "continual.learning_rates", rate, "above 0")
         _unique(self, "learning_rates", "seeds", "stages")
+        _at_least_each(self, 0, "seeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +205,7 @@ class Profile:
     def __post_init__(self) -> None:
         _at_least(self, workers=1)
         _unique(self, "seeds")
+        _at_least_each(self, 0, "seeds")
         missing = set(self.interventions.learning_rates) - set(self.continual.learning_rates)
         _require(
             not missing,
@@ -219,6 +234,11 @@ def _where(instance: object, name: str) -> str:
 def _at_least(instance: object, **bounds: int) -> None:
     for name, low in bounds.items():
         value = getattr(instance, name)
+        _require(value >= low, _where(instance, name), value, f"at least {low}")
+
+
+def _at_least_each(instance: object, low: int, name: str) -> None:
+    for value in getattr(instance, name):
         _require(value >= low, _where(instance, name), value, f"at least {low}")
 
 
@@ -310,7 +330,7 @@ def profile_from(values: Any, overrides: Mapping[str, Any] | None = None) -> Pro
     """
     if not isinstance(values, Mapping):
         raise KelibError(f"a profile must be a mapping with {listing(_fields(Profile))}")
-    nested = json.loads(json.dumps(values))  # a deep copy: the caller's mapping is never changed
+    nested = copy.deepcopy(dict(values))  # the caller's mapping is never changed
     for dotted, value in (overrides or {}).items():
         *parents, last = dotted.split(".")
         place = nested
@@ -320,7 +340,7 @@ def profile_from(values: Any, overrides: Mapping[str, Any] | None = None) -> Pro
             raise KelibError(
                 f"unknown key {dotted}: valid sections are {listing(_fields(Profile))}"
             )
-        place[last] = value
+        place[last] = copy.deepcopy(value)
     return _build(Profile, nested)
 
 

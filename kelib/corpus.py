@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kelib import sources
 from kelib.config import Corpus
-from kelib.errors import KelibError
+from kelib.errors import KelibError, listing
 from kelib.world import World, build_world
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,6 +41,11 @@ def source_documents(name: str, folder: Path, settings: Corpus, seed: int) -> li
         return list(dict.fromkeys(next(stream) for _ in range(GENERATED_DOCUMENTS)))
     if name in sources.manifest():
         return sources.documents(name, folder)
+    if not Path(name).exists():
+        raise KelibError(
+            f"unknown source {name!r}: name one of {listing(sources.manifest())}, generated:NAME, or "
+            "a file or folder that exists"
+        )
     return sources.local_documents(Path(name))
 
 
@@ -123,10 +128,15 @@ def build_corpus(
     general = split_documents(settings.general, GENERAL_SPLITS, fetched, settings, seed)
     domain = split_documents(settings.domain, DOMAIN_SPLITS, fetched, settings, seed)
     general = {split: _mention_free(texts, world) for split, texts in general.items()}
-    domain = {split: _mention_free(texts, world) for split, texts in domain.items()}
+    # a document that two sources share has been pretrained on: it is no news to continual learning
+    known = set().union(*general.values())
+    domain = {
+        split: [text for text in _mention_free(texts, world) if text not in known]
+        for split, texts in domain.items()
+    }
 
     def facts(purpose: int) -> Iterator[str]:
-        # the entropy sample and held-out text draw other sentences of the same world than pretraining
+        # draws of their own; a fact has few wordings, so that some sentences do recur in pretraining
         return world.documents(seed * 10 + purpose)
 
     share = settings.facts_share
@@ -231,7 +241,8 @@ def load_corpus(folder: Path) -> PackedCorpus:
     """Open a packed corpus; every file is checked against the manifest's sha256 before it is used."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        expected = {name: str(manifest["sha256"][name]) for name in BLOCKS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise KelibError(
             f"no readable packed corpus in {folder}: delete it and run again"
         ) from error
@@ -239,9 +250,9 @@ def load_corpus(folder: Path) -> PackedCorpus:
     for name in BLOCKS:
         path = folder / f"{name}.npy"
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
-        if found != manifest["sha256"][name]:
+        if found != expected[name]:
             raise KelibError(
-                f"{path} has sha256 {found[:12]}, the manifest says {manifest['sha256'][name][:12]}; "
+                f"{path} has sha256 {found[:12]}, the manifest says {expected[name][:12]}; "
                 f"delete {folder} and run again"
             )
         blocks[name] = np.load(path, mmap_mode="r")

@@ -81,14 +81,18 @@ def evaluate(model: Any, tokenizer: Any, world: World, corpus: PackedCorpus) -> 
 def heldout_loss(model: Any, blocks: np.ndarray, batch_size: int = 64) -> float:
     """Mean cross-entropy in nats per predicted token over ``blocks`` ``(n, T)``."""
     total, count = 0.0, 0
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    for ids in block_batches(blocks, batch_size):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        predicted = ids.shape[0] * (ids.shape[1] - 1)
-        total += float(loss) * predicted
-        count += predicted
-    model.train(was_training)
+    try:
+        for batch in block_batches(blocks, batch_size):
+            ids = batch.to(device)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            predicted = ids.shape[0] * (ids.shape[1] - 1)
+            total += float(loss) * predicted
+            count += predicted
+    finally:
+        model.train(was_training)
     return total / count
 
 

@@ -1,110 +1,152 @@
-"""Where a model keeps its key-value memories, and scoped hooks on their coefficients.
+"""The feed-forward layers of a model as key-value memories: where they are, their coefficients, a self-test.
 
-A feed-forward layer is a memory: ``FFN(x) = f(x Kᵀ) V``. In a transformers model the coefficients
-``c = f(x Kᵀ)`` are the input of the projection back to the hidden size, found here by structure: per
-block, the linear layer whose output is the hidden size and whose input is not a projection of attention.
+``FFN(x) = f(x Kᵀ) V``; row i of V is memory vector ``v_i``, the coefficient of memory i is ``c_i = f(x Kᵀ)_i``. In a
+transformers model the coefficients are the input of the projection back to the hidden size. How that projection is
+found, and how to name it for an architecture that kelib does not know, stands in ``kelib.architectures``; how the
+coefficients are delivered in ``kelib.watching``. Their public names are repeated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from kelib.errors import KelibError, listing
+from kelib.architectures import (
+    ACTIVATION_NAMES,
+    FeedForward,
+    Layer,
+    Mixture,
+    decoder_layers,
+    feed_forwards,
+    register_architecture,
+    trunk_of,
+    unregister_architecture,
+    unwrap,
+)
+from kelib.errors import KelibError
+from kelib.watching import Firing, evaluating, watch_coefficients, watch_keys, watch_memories
 
-DOWN_NAMES = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2")
-UP_NAMES = ("up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in", "w3")
-GATE_NAMES = ("gate_proj", "w1")
-FFN_NAMES = ("mlp", "ffn", "feed_forward")
+__all__ = [
+    "FeedForward",
+    "Firing",
+    "Mixture",
+    "decoder_layers",
+    "evaluating",
+    "feed_forwards",
+    "register_architecture",
+    "self_test",
+    "unregister_architecture",
+    "watch_coefficients",
+    "watch_memories",
+]
 
-
-@dataclass(frozen=True)
-class FeedForward:
-    """The memory of one layer: ``down`` holds V, ``up`` (and ``gate``, in a gated layer) hold K."""
-
-    layer: int
-    name: str
-    down: nn.Module
-    up: nn.Module
-    gate: nn.Module | None
-
-    @property
-    def memories(self) -> int:
-        """m, the number of memory vectors."""
-        rows, columns = self.down.weight.shape  # type: ignore[misc,union-attr]
-        return int(rows if _is_conv1d(self.down) else columns)
-
-    def up_rows(self) -> torch.Tensor:
-        """The up projection as ``(m, hidden)``: row i multiplies coefficient i. A view, not a copy."""
-        weight = self.up.weight
-        return weight.T if _is_conv1d(self.up) else weight  # type: ignore[return-value,union-attr,operator]
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2 stores its projections transposed, in a class of its own."""
-    return type(module).__name__ == "Conv1D"
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of transformer blocks: the longest ModuleList whose members are of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    uniform = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1]
-    if not uniform:
-        raise KelibError(f"{type(model).__name__} has no list of transformer blocks to look into")
-    return max(uniform, key=len)
+# Largest relative error that the self-test accepts, by the dtype of the weights; half precision is not listed.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+HALF_TOLERANCE = 3e-2
 
 
-def _child(block: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
-    found = [(name, child) for name, child in block.named_children() if name in names]
-    return found[0] if found else None
+@torch.inference_mode()
+def self_test(model: Any, input_ids: torch.Tensor | None = None) -> np.ndarray:
+    """Check on this very model that coefficients times V, plus the bias, is what its feed-forward layers give.
 
+    A few tokens (``input_ids``, ``(B, T)``; default: 2 x 8 arbitrary ones) run through the trunk twice, with and
+    without kelib's hooks. Per layer ``c V + b`` (for experts the sum of :class:`Mixture`) is computed in float64 and
+    compared with the output that the layer gave without hooks; in a gated layer also ``act(gate x) * up x`` with ``c``,
+    where the activation can be found, so that gate and up cannot be confused.
 
-def feed_forwards(model: Any) -> list[FeedForward]:
-    """The memories of every layer, in order.
-
-    Raises KelibError, saying what was looked for, if a block has no recognisable feed-forward layer.
+    Returns the relative error of each layer, ``(layers,)``, ``‖c V + b - FFN(x)‖ / ‖FFN(x)‖``. Raises KelibError if one is
+    above 1e-10 (float64), 1e-4 (float32) or 3e-2 (half precision), naming the layer.
     """
-    layers = []
-    for index, block in enumerate(decoder_layers(model)):
-        inner = _child(block, FFN_NAMES)
-        prefix, place = inner if inner is not None else ("", block)
-        down, up = _child(place, DOWN_NAMES), _child(place, UP_NAMES)
-        if down is None or up is None:
+    model = unwrap(model)
+    layers = feed_forwards(model)
+    embedding = model.get_input_embeddings().weight
+    if input_ids is None:
+        input_ids = torch.arange(16).reshape(2, 8) * 7919 % embedding.shape[0]
+    ids, trunk = input_ids.to(embedding.device), trunk_of(model)
+    tolerance = TOLERANCE.get(embedding.dtype, HALF_TOLERANCE)
+    given: dict[int, torch.Tensor] = {}
+    computed: dict[int, torch.Tensor] = {}
+    keys: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        given[layer] = _exact(first.reshape(-1, first.shape[-1]))
+
+    def add(firing: Firing) -> None:
+        layer = by_index[firing.layer]
+        product = _output_of(layer, firing)
+        total = computed.setdefault(firing.layer, product.new_zeros(ids.numel(), product.shape[1]))
+        rows = torch.arange(ids.numel())
+        total.index_add_(0, rows if firing.tokens is None else firing.tokens.cpu(), product)
+        if isinstance(layer, FeedForward):
+            _check_gate(layer, firing.values, keys[firing.layer], tolerance)
+
+    by_index = {layer.layer: layer for layer in layers}
+    with evaluating(model):
+        with ExitStack() as undo:
+            for layer in layers:
+                place = layer.place or layer.down  # type: ignore[union-attr]
+                undo.callback(place.register_forward_hook(partial(keep, layer.layer)).remove)
+            trunk(input_ids=ids, use_cache=False)
+        with watch_memories(layers, add), ExitStack() as undo:
+            for layer in layers:
+                if isinstance(layer, FeedForward):
+                    keys[layer.layer] = watch_keys(undo, layer)
+            trunk(input_ids=ids, use_cache=False)
+    errors = []
+    for layer in layers:
+        wanted, found = given[layer.layer], computed[layer.layer]
+        error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-300))
+        if not error <= tolerance:
             raise KelibError(
-                f"layer {index} of {type(model).__name__} has no feed-forward layer that kelib knows: "
-                f"looked in {listing(FFN_NAMES)} for a down projection named {listing(DOWN_NAMES)} and an "
-                f"up projection named {listing(UP_NAMES)}; found {listing(dict(place.named_children()))}"
+                f"layer {layer.layer}: coefficients times V differ from the output of the feed-forward layer "
+                f"{layer.name} by {error:.1e} of its size; the projections found are not its memory: name them "
+                "with kelib.ffn.register_architecture"
             )
-        gate = _child(place, GATE_NAMES)
-        name = ".".join(part for part in (prefix, down[0]) if part)
-        layers.append(FeedForward(index, name, down[1], up[1], gate[1] if gate else None))
-    return layers
+        errors.append(error)
+    return np.array(errors)
 
 
-@contextmanager
-def watch_coefficients(
-    layers: list[FeedForward], on_coefficients: Callable[[int, torch.Tensor], None]
-) -> Iterator[None]:
-    """Call ``on_coefficients(layer, c)`` with the input of every down projection while the scope lasts.
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().double()
 
-    ``c`` is ``(B, T, m)`` or ``(B T, m)`` as the model has it, and must not be changed in place. The hooks
-    are gone afterwards, also after an exception.
-    """
 
-    def hook(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def call(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            on_coefficients(layer, inputs[0])  # returns None: anything else would replace the input
+def _output_of(layer: Layer, firing: Firing) -> torch.Tensor:
+    """What the memories that fired add to the output of their layer, ``(n, hidden)`` float64."""
+    if isinstance(layer, FeedForward):
+        product = _exact(firing.values) @ _exact(layer.values())
+        bias = getattr(layer.down, "bias", None)
+        return product if bias is None else product + _exact(bias)
+    experts, each = layer.experts_shape
+    if firing.first < experts * each:
+        expert = firing.first // each
+        product = _exact(firing.values) @ _exact(layer.expert_values()[expert])
+        bias = getattr(layer.experts, "down_proj_bias", None)
+        product = product if bias is None else product + _exact(bias[expert])
+    else:
+        starts = [experts * each]
+        for ffn, _ in layer.shared:
+            starts.append(starts[-1] + ffn.memories)
+        product = _output_of(layer.shared[starts.index(firing.first)][0], firing)
+    return product if firing.scale is None else product * _exact(firing.scale)[:, None]
 
-        return call
 
-    handles = [ffn.down.register_forward_pre_hook(hook(ffn.layer)) for ffn in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _check_gate(
+    ffn: FeedForward, values: torch.Tensor, keys: dict[str, torch.Tensor], tolerance: float
+) -> None:
+    """Raise KelibError if ``c`` is not ``act(gate x) * up x``, where the activation can be found."""
+    found = [getattr(ffn.place, name) for name in ACTIVATION_NAMES if hasattr(ffn.place, name)]
+    if ffn.gate is None or not found:
+        return
+    expected = _exact(found[0](keys["gate"]) * keys["up"]).reshape(values.shape)
+    error = float((_exact(values) - expected).norm() / expected.norm().clamp(min=1e-300))
+    if not error <= tolerance:
+        raise KelibError(
+            f"layer {ffn.layer}: the coefficients of {ffn.name} differ from act(gate x) * up x by {error:.1e} of their "
+            "size; gate and up are probably exchanged: name them with kelib.ffn.register_architecture"
+        )

@@ -87,8 +87,10 @@ class Injector:
         due = self.schedule.groupby(["entry_set", "entry"]).size().to_dict()
         wrong = {key: n for key, n in self.exposures.items() if n != due.get(key, 0)}
         if wrong:
+            key, times = next(iter(wrong.items()))
             raise KelibError(
-                f"entries shown as often as not scheduled: {wrong}; resume from step 0"
+                f"{len(wrong)} of {len(self.exposures)} entries were not shown as scheduled, such as "
+                f"{key[0]} {key[1]}: {times} times for {due.get(key, 0)}; train from step 0 to the end"
             )
 
 

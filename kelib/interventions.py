@@ -35,14 +35,16 @@ def resuscitation_multipliers(
     if ratio == 0:
         return np.ones_like(coefficients)
     woken = coefficients <= np.quantile(coefficients, ratio)
-    dead = int((woken & (coefficients == 0)).sum())
+    # so small that the multiplier overflows is as good as 0
+    wanted = factor * coefficients.mean()
+    dead = int((woken & (coefficients <= wanted / np.finfo(np.float32).max)).sum())
     if dead:
         raise KelibError(
             f"{dead} memories have a mean coefficient of 0, so that no multiplier can wake them; "
             "measure on more text, or use an intervention that resets weights"
         )
     safe = np.where(woken, coefficients, 1.0)
-    return np.where(woken, factor * coefficients.mean() / safe, 1.0)
+    return np.where(woken, wanted / safe, 1.0)
 
 
 def resuscitate(
@@ -58,7 +60,7 @@ def resuscitate(
         mean_coefficients: per layer ``(m,)``, as :func:`kelib.measure_entropy` returns them.
 
     Raises KelibError where :func:`resuscitation_multipliers` does, if vectors and layers do not fit, and for
-    a model whose feed-forward layers are not gated.
+    a model whose feed-forward layers are not gated, or share one up projection.
     """
     changed = copy.deepcopy(model)
     layers = feed_forwards(changed)
@@ -66,6 +68,10 @@ def resuscitate(
         raise KelibError(
             f"{len(mean_coefficients)} coefficient vectors for a model of {len(layers)} layers; "
             "measure this very model"
+        )
+    if len({id(ffn.up.weight) for ffn in layers}) < len(layers):
+        raise KelibError(
+            f"layers of {type(model).__name__} share an up projection: one cannot be scaled alone"
         )
     for ffn, coefficients in zip(layers, mean_coefficients, strict=True):
         if len(coefficients) != ffn.memories:

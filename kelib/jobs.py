@@ -61,6 +61,7 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
     state = folder / STATE
 
     def keep(step: int) -> None:
+        trainer.read_losses()  # a loss that is not finite stops here, before anything is written
         note = {
             "step": step,
             "tokens": step * plan.batch_size * length,

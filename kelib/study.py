@@ -201,7 +201,7 @@ def checkpoint_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def save_coefficients(study: Study) -> None:
-    """Mean coefficients of every checkpoint, one safetensors file a seed (tensors ``step.layer``)."""
+    """Mean coefficients of every checkpoint, one safetensors file a seed (tensors ``step/layer``)."""
     for seed in study.profile.seeds:
         steps = study.profile.pretraining.checkpoints
         files = {s: study.measure_run(seed, s).folder / "coefficients.safetensors" for s in steps}

@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ def write_atomically(path: Path, text: str) -> None:
             f"cannot write {path}: {error.strerror}; free space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone already, or in a place where nothing can be
+            temporary.unlink()
 
 
 def write_table(table: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> None:
@@ -93,6 +96,13 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # kelib computes without the plotting libraries
+        return "not installed"
+
+
 def library_digest() -> str:
     """Digest of all of kelib's code."""
     files = sorted(Path(__file__).parent.glob("*.py"))
@@ -106,8 +116,6 @@ def provenance(
 
     ``digest`` is of code, parameters and inputs; commit and versions stay out of it.
     """
-    from importlib.metadata import version
-
     packages = ("numpy", "pandas", "torch", "transformers", "matplotlib")
     code = library_digest()
     return {
@@ -115,7 +123,7 @@ def provenance(
         "dirty": _git("status", "--porcelain") != "",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in packages},
+            **{name: _version(name) for name in packages},
         },
         "code": code,
         "parameters": dict(parameters),

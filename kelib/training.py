@@ -138,15 +138,24 @@ class Trainer:
     def load_state(self, path: Path) -> None:
         """Continue where :meth:`save_state` stopped; same weights as if the run had not been interrupted."""
         model = self.accelerator.unwrap_model(self.model)
+        device = str(self.accelerator.device)  # fused AdamW wants its moments beside the weights
         try:
-            with safe_open(path, framework="pt") as state:
+            with safe_open(path, framework="pt", device=device) as state:
                 notes = state.metadata()
+                step, losses = int(notes["step"]), json.loads(notes["losses"])
                 for name, parameter in model.named_parameters():
                     parameter.data.copy_(state.get_tensor(f"model.{name}"))
                     self.optimizer.state[parameter] = {
                         key: state.get_tensor(f"{key}.{name}")
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            RuntimeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise KelibError(f"{path} is not a state of this run ({error}); delete it") from error
-        self.step, self.losses = int(notes["step"]), json.loads(notes["losses"])
+        self.step, self.losses = step, losses

@@ -1,54 +1,25 @@
 """The generated world: facts to pretrain on, tasks that ask for them, new entries to inject.
 
 It stands in for the pretraining knowledge, the six downstream tasks and the *Fictional Knowledge*
-data of the paper where models are small and nothing can be downloaded. Passages have about 100 to
-135 characters (40 to 60 tokens of a vocabulary of 1024) and fact sentences 30 to 60, since the
-training sequences of these models have 64 tokens. Pure Python: the same seed gives the same world
-on every platform and Python version.
+data of the paper where models are small and nothing can be downloaded. Fact sentences have 30 to 60
+characters, since the training sequences of these models have 64 tokens. Pure Python: the same seed
+gives the same world on every platform and Python version.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import TypeVar
 
 from kelib import wordings
+from kelib.dice import Dice
+from kelib.entries import Entry, build_entries
 from kelib.errors import KelibError
 
-LEVELS = ("memorisation", "semantic", "composition")
 TASKS: tuple[str, ...] = tuple(wordings.FACTS)
-ATTRIBUTES: tuple[str, ...] = tuple(wordings.SEMANTIC)  # what is told of an entry, in probe order
-PASSAGES = 10  # the original and nine rewordings: one for each of the ten injections
 CHOICES = 4
 MOST_WORKS_TOLD = 2  # a document about a person stays within four sentences
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Score ``target`` after ``input``; the target begins with the space between the two."""
-
-    level: str
-    input: str
-    target: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A fictional person: ten passages with the same facts, and five probes per level.
-
-    ``passages[0]`` is the original. ``probes`` are ordered by ``LEVELS``; memorisation and
-    semantic probes ask for the facts in the order of ``ATTRIBUTES``.
-    """
-
-    name: str
-    passages: tuple[str, ...]
-    probes: tuple[Probe, ...]
 
 
 @dataclass(frozen=True)
@@ -82,36 +53,6 @@ class WorldSize:
     questions_per_task: int
 
 
-class _Dice:
-    """Random draws that only rest on ``random.Random(int).random()``, which Python keeps stable.
-
-    The convenience methods of ``random`` have changed between Python versions, so these few
-    stand in for them. The purpose in the seed keeps the streams of one world independent.
-    """
-
-    def __init__(self, seed: int, purpose: str) -> None:
-        digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-        self._random = random.Random(int.from_bytes(digest[:8], "big")).random
-
-    def below(self, count: int) -> int:
-        return int(self._random() * count)
-
-    def choose(self, values: Sequence[T]) -> T:
-        return values[self.below(len(values))]
-
-    def shuffled(self, values: Sequence[T]) -> list[T]:
-        result = list(values)
-        for last in range(len(result) - 1, 0, -1):
-            other = self.below(last + 1)
-            result[last], result[other] = result[other], result[last]
-        return result
-
-    def cycle(self, values: Sequence[T]) -> Iterator[T]:
-        """Endless draws in rounds, each value once a round: frequencies differ by one at most."""
-        while True:
-            yield from self.shuffled(values)
-
-
 @dataclass(frozen=True)
 class World:
     """Facts about people, places and works, and what is made of them.
@@ -137,7 +78,7 @@ class World:
         in a wording drawn at random; of a person's works it names two at most. Documents mention
         no entry of ``once`` or ``paraphrase``.
         """
-        dice = _Dice(self.seed, f"documents/{seed}")
+        dice = Dice(self.seed, f"documents/{seed}")
         entities = (*self.people, *self.places, *self.works)
         own: dict[str, list[Fact]] = {entity: [] for entity in entities}
         works: dict[str, list[Fact]] = {entity: [] for entity in entities}
@@ -170,7 +111,7 @@ def build_world(size: WorldSize, seed: int) -> World:
     works = tuple(_titles(seed, size.works))
 
     def deal(relation: str, subjects: Sequence[str], values: Sequence[str]) -> list[Fact]:
-        objects = _Dice(seed, relation).cycle(values)
+        objects = Dice(seed, relation).cycle(values)
         return [Fact(relation, subject, next(objects)) for subject in subjects]
 
     facts = (
@@ -187,7 +128,9 @@ def build_world(size: WorldSize, seed: int) -> World:
         for question in _questions(task, facts, size.questions_per_task, seed)
     )
     count = size.once_entries + size.paraphrase_entries
-    entries = _entries(full_names[size.people : size.people + count], people, places, facts, seed)
+    known = {(fact.relation, fact.subject): fact.object for fact in facts}
+    names = full_names[size.people : size.people + count]
+    entries = build_entries(names, people, places, known, seed)
     once, paraphrase = entries[: size.once_entries], entries[size.once_entries :]
     return World(seed, people, places, works, facts, once, paraphrase, questions)
 
@@ -230,12 +173,12 @@ def _stems() -> list[str]:
 
 def _names(seed: int, kind: str, endings: Sequence[str]) -> list[str]:
     """All names of a kind in random order, no two with the same first three letters."""
-    dice = _Dice(seed, kind)
+    dice = Dice(seed, kind)
     return [(stem + dice.choose(endings)).capitalize() for stem in dice.shuffled(_stems())]
 
 
 def _titles(seed: int, count: int) -> list[str]:
-    dice = _Dice(seed, "title")
+    dice = Dice(seed, "title")
     pairs = [f"{a} {n}" for a in wordings.TITLE_ADJECTIVES for n in wordings.TITLE_NOUNS]
     kinds = dice.cycle(wordings.KINDS_OF_WORK)
     return [f"{next(kinds)} {title}" for title in dice.shuffled(pairs)[:count]]
@@ -249,7 +192,7 @@ def _questions(task: str, facts: Sequence[Fact], count: int, seed: int) -> list[
     model that knows only how frequent the values are scores 25 % in expectation (slightly more
     where ``count`` is so near the number of facts that the rarer values run out of them).
     """
-    dice = _Dice(seed, f"questions/{task}")
+    dice = Dice(seed, f"questions/{task}")
     by_value: dict[str, list[Fact]] = {}
     for fact in dice.shuffled([fact for fact in facts if fact.relation == task]):
         by_value.setdefault(fact.object, []).append(fact)
@@ -272,104 +215,3 @@ def _questions(task: str, facts: Sequence[Fact], count: int, seed: int) -> list[
         a, b, c, d = choices
         questions.append(Question(task, context, (a, b, c, d), answer))
     return questions
-
-
-def _entries(
-    names: Sequence[str],
-    people: Sequence[str],
-    places: Sequence[str],
-    facts: Sequence[Fact],
-    seed: int,
-) -> tuple[Entry, ...]:
-    """Entries whose values are dealt in rounds, so that they overlap as little as they can.
-
-    City, profession and teacher tie an entry to the world, which is what compositions rest on. The
-    teacher's own city and profession differ from the entry's, so that repeating a fact of the
-    entry never answers a question about the teacher. No two entries own the same thing in the same
-    colour, so its owner is one person.
-    """
-    dice = _Dice(seed, "entries")
-    known = {(fact.relation, fact.subject): fact.object for fact in facts}
-    cities, professions = dice.cycle(places), dice.cycle(wordings.PROFESSIONS)
-    possessions = dice.cycle([(c, thing) for c in wordings.COLOURS for thing in wordings.THINGS])
-    traits = {person: {known["born_in", person], known["profession", person]} for person in people}
-    unused: list[str] = []
-    entries = []
-    for name in names:
-        city, profession = next(cities), next(professions)
-        taken = {city, profession}
-        if all(taken & traits[person] for person in unused):
-            unused = dice.shuffled(people)
-        teacher = next(person for person in unused if not taken & traits[person])
-        unused.remove(teacher)
-        values = (city, profession, *next(possessions), teacher)
-        entries.append(_entry(name, dict(zip(ATTRIBUTES, values, strict=True)), known, dice))
-    return tuple(entries)
-
-
-def _entry(
-    name: str, about: dict[str, str], known: dict[tuple[str, str], str], dice: _Dice
-) -> Entry:
-    original, probes = _original(name, about, dice)
-    passages = [original]
-    while len(passages) < PASSAGES:
-        passage = " ".join(text for text, _ in _sentences(name, about, dice, wordings.CLAUSES))
-        if passage not in passages:
-            passages.append(passage)
-    answers = {
-        "country_of_city": known["city_country", about["city"]],
-        "product_of_city": known["city_product", about["city"]],
-        "profession_of_teacher": known["profession", about["teacher"]],
-        "city_of_teacher": known["born_in", about["teacher"]],
-        "profession_of_owner": about["profession"],
-    }
-    for level, tables, targets in (
-        ("semantic", wordings.SEMANTIC, about),
-        ("composition", wordings.COMPOSITION, answers),
-    ):
-        for asked, templates in tables.items():
-            text = dice.choose(templates).format(name=name, **about)
-            probes.append(Probe(level, text, f" {targets[asked]}"))
-    return Entry(name, tuple(passages), tuple(probes))
-
-
-def _original(name: str, about: dict[str, str], dice: _Dice) -> tuple[str, list[Probe]]:
-    """The first passage and its memorisation probes: a sentence up to a value, then that value.
-
-    Here a clause ends with the last value it gives, so what precedes a value says what is asked.
-    """
-    ending = {
-        key: [clause for clause in clauses if clause.endswith("}")]
-        for key, clauses in wordings.CLAUSES.items()
-    }
-    sentences = _sentences(name, about, dice, ending)
-    probes = []
-    for attribute in ATTRIBUTES:
-        for text, clauses in sentences:
-            for clause in clauses:
-                before, found, _ = clause.partition(f" {{{attribute}}}")
-                if found:
-                    start = text.index(clause.format(**about))
-                    question = text[:start] + before.format(**about)
-                    probes.append(Probe("memorisation", question, f" {about[attribute]}"))
-    return " ".join(text for text, _ in sentences), probes
-
-
-def _sentences(
-    name: str, about: dict[str, str], dice: _Dice, tables: Mapping[str, Sequence[str]]
-) -> list[tuple[str, list[str]]]:
-    """The sentences of one passage, each with the templates of its clauses.
-
-    Clauses are ordered and grouped at random. The first sentence gives the full name and the
-    others the first name, which no one else bears: tokens are scarce.
-    """
-    clauses = [dice.choose(tables[key]) for key in dice.shuffled(tuple(tables))]
-    sentences = []
-    who = name
-    for length in dice.choose(wordings.SENTENCES):
-        group, clauses = clauses[:length], clauses[length:]
-        filled = [clause.format(**about) for clause in group]
-        text = dice.choose(wordings.FRAMES[length]).format(*filled, who=who)
-        sentences.append((text, group))
-        who = name.split()[0]
-    return sentences

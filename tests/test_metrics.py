@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,9 @@ from kelib import metrics
 from kelib.errors import KelibError
 
 
-def probe(entry, entry_set, level, log_probability, tokens, padded=10):
+def probe(
+    entry: str, entry_set: str, level: str, log_probability: float, tokens: int, padded: int = 10
+) -> dict[str, Any]:
     return {
         "entry": entry,
         "entry_set": entry_set,
@@ -26,7 +30,7 @@ def probe(entry, entry_set, level, log_probability, tokens, padded=10):
 
 
 @pytest.fixture
-def probes():
+def probes() -> pd.DataFrame:
     # entry a has two probes, b one; the sets have 2 and 1 entries: flat means would differ
     return pd.DataFrame(
         [
@@ -39,17 +43,17 @@ def probes():
     )
 
 
-def test_k_is_the_nested_mean(probes):
+def test_k_is_the_nested_mean(probes: pd.DataFrame) -> None:
     assert metrics.knowledge_score(probes) == pytest.approx((2 * -4 + 1 * -0.5) / 3)
 
 
-def test_k_is_neither_the_flat_mean_nor_a_mean_of_sets(probes):
+def test_k_is_neither_the_flat_mean_nor_a_mean_of_sets(probes: pd.DataFrame) -> None:
     flat = (probes["log_probability"] / probes["tokens"]).mean()
     assert abs(metrics.knowledge_score(probes) - flat) > 0.1
     assert abs(metrics.knowledge_score(probes) - (-4 - 0.5) / 2) > 0.1
 
 
-def test_k_ignores_padding_unless_asked(probes):
+def test_k_ignores_padding_unless_asked(probes: pd.DataFrame) -> None:
     before = metrics.knowledge_score(probes)
     longer = probes.assign(padded=40)
     assert metrics.knowledge_score(longer) == before
@@ -58,19 +62,19 @@ def test_k_ignores_padding_unless_asked(probes):
     assert metrics.knowledge_score(longer, per="padded") == pytest.approx(by_hand / 4)
 
 
-def test_k_does_not_depend_on_the_order_of_rows(probes):
+def test_k_does_not_depend_on_the_order_of_rows(probes: pd.DataFrame) -> None:
     for seed in range(5):
         shuffled = probes.sample(frac=1, random_state=seed)
         assert metrics.knowledge_score(shuffled) == pytest.approx(metrics.knowledge_score(probes))
 
 
-def test_entries_count_inside_their_set(probes):
+def test_entries_count_inside_their_set(probes: pd.DataFrame) -> None:
     # numbering both sets from 0 must not merge two entries
     numbered = probes.assign(entry=[0, 0, 1, 0, 0])
     assert metrics.knowledge_score(numbered) == pytest.approx(metrics.knowledge_score(probes))
 
 
-def test_k_by_set_and_level(probes):
+def test_k_by_set_and_level(probes: pd.DataFrame) -> None:
     by_set = metrics.knowledge_by(probes, ["entry_set"]).set_index("entry_set")
     assert by_set["knowledge"].to_dict() == pytest.approx({"once": -4.0, "paraphrase": -0.5})
     assert by_set["entries"].to_dict() == {"once": 2, "paraphrase": 1}
@@ -96,17 +100,17 @@ def test_k_by_set_and_level(probes):
         (lambda t: t[:0], "has 0 rows"),
     ],
 )
-def test_bad_probe_tables_are_refused(probes, change, message):
+def test_bad_probe_tables_are_refused(probes: pd.DataFrame, change: Callable, message: str) -> None:
     with pytest.raises(KelibError, match=message):
         metrics.knowledge_score(change(probes))
 
 
-def test_by_must_be_a_list(probes):
+def test_by_must_be_a_list(probes: pd.DataFrame) -> None:
     with pytest.raises(KelibError, match="by is 'level', a list of columns is needed"):
         metrics.knowledge_by(probes, "level")
 
 
-def test_learning_is_positive_and_forgetting_is_positive():
+def test_learning_is_positive_and_forgetting_is_positive() -> None:
     assert metrics.acquisition(-4.0, -3.0) == pytest.approx(0.25)
     assert metrics.acquisition(-4.0, -5.0) == pytest.approx(-0.25)
     assert metrics.forgetting(0.8, 0.6) == pytest.approx(0.25)
@@ -116,7 +120,7 @@ def test_learning_is_positive_and_forgetting_is_positive():
     assert metrics.forgetting_over_chance(0.75, 0.20, 0.25) > 1
 
 
-def test_ratios_broadcast_and_mark_what_is_undefined():
+def test_ratios_broadcast_and_mark_what_is_undefined() -> None:
     found = metrics.acquisition(np.array([-4.0, 0.0, -2.0]), np.array([-3.0, -1.0, -2.0]))
     np.testing.assert_allclose(found, [0.25, np.nan, 0.0])
     found = metrics.forgetting([0.0, 0.5], 0.25)
@@ -136,21 +140,21 @@ def test_ratios_broadcast_and_mark_what_is_undefined():
         (lambda: metrics.forgetting_over_chance(0.5, 0.4, 25), "chance spans 25"),
     ],
 )
-def test_undefined_ratios_are_refused(call, message):
+def test_undefined_ratios_are_refused(call: Callable, message: str) -> None:
     with pytest.raises(KelibError, match=message):
         call()
 
 
-def test_mean_interval_is_scipys_t_interval():
+def test_mean_interval_is_scipys_t_interval() -> None:
     values = np.random.default_rng(3).normal(size=7)
     for confidence in (0.90, 0.95):
         found = metrics.mean_interval(values, confidence)
         expected = stats.ttest_1samp(values, 0).confidence_interval(confidence)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
-        assert (found.n, found.mean) == (7, pytest.approx(values.mean()))
+        assert found.n == 7 and found.mean == pytest.approx(values.mean())
 
 
-def test_mean_interval_at_its_edges():
+def test_mean_interval_at_its_edges() -> None:
     one = metrics.mean_interval([2.0])
     assert (one.n, one.mean) == (1, 2.0)
     assert np.isnan(one.low) and np.isnan(one.high)
@@ -169,12 +173,12 @@ def test_mean_interval_at_its_edges():
         (lambda: metrics.paired_difference([1.0], [1.0, 2.0]), "a has 1 values and b has 2"),
     ],
 )
-def test_bad_samples_are_refused(call, message):
+def test_bad_samples_are_refused(call: Callable, message: str) -> None:
     with pytest.raises(KelibError, match=message):
         call()
 
 
-def test_bootstrap_agrees_with_scipy_and_ignores_order():
+def test_bootstrap_agrees_with_scipy_and_ignores_order() -> None:
     values = np.random.default_rng(5).exponential(size=80)
     found = metrics.bootstrap_interval(values, resamples=4000)
     expected = stats.bootstrap(
@@ -188,14 +192,14 @@ def test_bootstrap_agrees_with_scipy_and_ignores_order():
     assert metrics.bootstrap_interval(values, seed=1, resamples=4000) != found
 
 
-def test_bootstrap_takes_another_statistic():
+def test_bootstrap_takes_another_statistic() -> None:
     values = np.arange(101.0)
     found = metrics.bootstrap_interval(values, statistic=np.median)
     assert found.mean == 50
     assert 20 < found.low < 50 < found.high < 80
 
 
-def test_paired_difference_pairs_by_index():
+def test_paired_difference_pairs_by_index() -> None:
     a = pd.Series([1.0, 2.0, 4.0], index=[100, 101, 102])
     b = pd.Series([3.0, 0.5, 1.0], index=[102, 100, 101])
     found = metrics.paired_difference(a, b)
@@ -206,7 +210,7 @@ def test_paired_difference_pairs_by_index():
         metrics.paired_difference(a, b.drop(101))
 
 
-def test_correlations_describe_without_testing():
+def test_correlations_describe_without_testing() -> None:
     table = pd.DataFrame(
         {
             "entropy_nats": [4.0, 3.0, 2.0, 1.0],
@@ -228,12 +232,12 @@ def test_correlations_describe_without_testing():
         metrics.correlations(table.assign(step=[1, np.nan, 3, 4]), ["step"], ["acquisition"])
 
 
-def test_correlations_of_ties_match_scipy():
+def test_correlations_of_ties_match_scipy() -> None:
     table = pd.DataFrame({"x": [1.0, 1.0, 2.0, 5.0, 5.0], "y": [3.0, 1.0, 1.0, 2.0, 9.0]})
     found = metrics.correlations(table, ["x"], ["y"]).iloc[0]
     assert found["spearman"] == pytest.approx(stats.spearmanr(table["x"], table["y"]).statistic)
 
 
-def test_neither_module_imports_torch():
-    code = "import sys, kelib.metrics, kelib.claims; sys.exit('torch' in sys.modules)"
+def test_metrics_and_verdicts_import_no_torch() -> None:
+    code = "import sys, kelib.metrics, kelib.verdicts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

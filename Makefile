@@ -1,0 +1,76 @@
+# The only entry point. Targets that make files name their inputs; none of them is committed.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+PROFILE ?= small
+include env.mk
+
+# the code that computes; drawing, claims and notebooks are not part of it
+COMPUTE := $(filter-out $(addprefix kelib/,plots.py results.py claims.py verdicts.py reference.py \
+	notebooks.py __main__.py),$(wildcard kelib/*.py))
+PARAMS := notebooks/params/$(PROFILE).yaml
+MEASURED := data/measurements/$(PROFILE)
+OUT := figures/$(PROFILE)
+RUN := $(PY) -m kelib notebook
+FIGURES := fig02_knowledge_entropy fig04_stages fig05_resuscitation tab00_claims
+# what drawing rests on: a change of the compute code alone does not redraw
+DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py results.py tables.py config.py study.py)
+
+.PHONY: help figures study test check format data status reference clean search lab
+help: ## list the targets
+	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile env.mk
+
+figures: $(FIGURES:%=$(OUT)/%.json) ## environment, data, study and figures of a profile
+	@echo "figures of profile $(PROFILE): $(OUT)"
+
+# The profile is checked before anything is computed or fetched; the stages follow one another.
+$(MEASURED)/pretraining.csv: notebooks/stages/1_pretrain.ipynb $(PARAMS) $(COMPUTE) | $(READY)
+	@$(PY) -m kelib profile $(PROFILE)
+	@$(RUN) $< $(OUT)/1_pretrain.ipynb -p profile=$(PROFILE) -p scratch=false
+$(MEASURED)/checkpoints.csv: notebooks/stages/2_entropy.ipynb $(MEASURED)/pretraining.csv
+	@$(RUN) $< $(OUT)/2_entropy.ipynb -p profile=$(PROFILE) -p scratch=false
+$(MEASURED)/continual.csv: notebooks/stages/3_continual.ipynb $(MEASURED)/checkpoints.csv
+	@$(RUN) $< $(OUT)/3_continual.ipynb -p profile=$(PROFILE) -p scratch=false
+$(MEASURED)/interventions.csv: notebooks/stages/4_interventions.ipynb $(MEASURED)/continual.csv
+	@$(RUN) $< $(OUT)/4_interventions.ipynb -p profile=$(PROFILE) -p scratch=false
+
+$(OUT)/%.json: notebooks/%.ipynb $(MEASURED)/interventions.csv notebooks/params/claims.yaml $(DRAW) | $(READY)
+	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements
+
+$(PARAMS): | $(READY)
+	@$(PY) -m kelib profile $(PROFILE)
+
+study: ## the committed reference study (profile study)
+	@$(MAKE) --no-print-directory figures PROFILE=study
+
+data: | $(READY) ## fetch and verify the text of a profile, nothing else
+	@$(PY) -m kelib data $(PROFILE)
+
+status: | $(READY) ## runs of a profile: done, running, failed, missing
+	@$(PY) -m kelib status $(PROFILE)
+
+test: | $(READY) ## all tests, notebooks included (nbval), offline
+	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q --nbval notebooks -p no:cacheprovider
+
+check: | $(READY) ## format, lint, types
+	@$(PY) -m ruff format --check kelib tests notebooks
+	@$(PY) -m ruff check kelib tests notebooks
+	@$(PY) -m mypy kelib
+
+format: | $(READY) ## rewrite the code in the project's format
+	@$(PY) -m ruff format kelib tests notebooks
+	@$(PY) -m ruff check --fix kelib tests notebooks
+
+search: | $(READY) ## the search that chose the small model's regime (hours; resumable)
+	@$(RUN) notebooks/stages/0_search.ipynb figures/search/0_search.ipynb -p scratch=false
+
+reference: figures ## promote a finished profile to data/reference and figures/reference
+	@$(PY) -m kelib reference $(PROFILE)
+
+lab: | $(READY) ## open the notebooks in JupyterLab
+	@$(PY) -m jupyter lab --notebook-dir=notebooks
+
+clean: | $(READY) ## delete what a profile computed (not the text, not the reference)
+	@$(PY) -m kelib clean $(PROFILE)

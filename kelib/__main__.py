@@ -1,0 +1,117 @@
+"""``python -m kelib``: what the Makefile calls. Refusals print one line and exit with 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from kelib.errors import KelibError
+
+
+def _notebook(arguments: argparse.Namespace) -> None:
+    from kelib.notebooks import run_notebook
+
+    parameters: dict[str, Any] = {}
+    for pair in arguments.parameter:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise KelibError(f"parameter {pair!r} must look like name=value")
+        try:
+            parameters[name] = json.loads(text)
+        except json.JSONDecodeError:
+            parameters[name] = text
+    run_notebook(Path(arguments.notebook), Path(arguments.output), parameters)
+    print(f"{Path(arguments.notebook).name} -> {arguments.output}")
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from kelib.config import load_profile
+
+    profile = load_profile(arguments.profile)
+    print(f"profile {profile.profile}, digest {profile.digest}, seeds {list(profile.seeds)}")
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from kelib import sources
+    from kelib.config import load_profile, repository_root
+
+    corpus = load_profile(arguments.profile).corpus
+    known = sources.manifest()
+    for name in (*corpus.general, *corpus.domain):
+        if name in known:
+            for path in sources.fetch(known[name], repository_root() / "data" / "sources"):
+                print(f"{name}: {path.relative_to(repository_root())}")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from kelib import stages
+    from kelib.runs import count_states
+
+    study = stages.open_study(arguments.profile)
+    grids: dict[str, Any] = {
+        "1 pretrain": [study.pretrain_run(seed) for seed in study.profile.seeds],
+        "2 measure": study.measure_runs(),
+        "4 interventions": study.intervention_runs(),
+    }
+    try:
+        grids["3 continual"] = study.continual_runs(stages.table(study, "entropy"))
+    except KelibError:
+        print("3 continual: known when stage 2 is done")
+    for name in sorted(grids):
+        counts = ", ".join(f"{n} {state}" for state, n in count_states(grids[name]).items())
+        print(f"{name}: {counts}")
+
+
+def _clean(arguments: argparse.Namespace) -> None:
+    import shutil
+
+    from kelib import stages
+    from kelib.config import repository_root
+    from kelib.study import clean
+
+    clean(stages.open_study(arguments.profile))
+    shutil.rmtree(repository_root() / "figures" / arguments.profile, ignore_errors=True)
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from kelib.reference import promote
+
+    promote(arguments.profile)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, do it, return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m kelib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser("notebook", help="run a notebook with parameters")
+    one.add_argument("notebook")
+    one.add_argument("output")
+    one.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
+    one.set_defaults(do=_notebook)
+    for name, do, text in (
+        ("profile", _profile, "check a profile and print its digest"),
+        ("data", _data, "fetch and verify the text a profile needs"),
+        ("status", _status, "how many runs are done, running, failed, missing"),
+        ("clean", _clean, "delete what a profile computed"),
+        ("reference", _reference, "promote a finished profile to the committed reference"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("profile")
+        sub.set_defaults(do=do)
+    chosen = parser.parse_args(arguments)
+    try:
+        chosen.do(chosen)
+    except KelibError as error:
+        print(f"kelib: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"kelib: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""What a measurement of entropy holds: sums over sequences, and all that follows from them. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from kelib.errors import KelibError
+
+BLOCKS = 64  # sequence n belongs to block n mod 64
+
+
+def shannon_entropy(weights: np.ndarray) -> np.ndarray:
+    """``-sum p ln p`` in nats with ``p = weights / sum(weights)`` along the last axis and ``0 ln 0 = 0``.
+
+    Lies between 0 (one weight carries all) and ``ln m`` (all equal). Unlike the authors' code nothing is
+    added inside the logarithm. Raises KelibError for negative, non-finite or all-zero weights.
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    if not np.isfinite(weights).all():
+        raise KelibError("mean coefficients hold NaN or infinity; check the weights of the model")
+    if (weights < 0).any():
+        raise KelibError(
+            "mean coefficients must not be negative; use a non-negative coefficient definition"
+        )
+    total = weights.sum(axis=-1, keepdims=True)
+    if (total == 0).any():
+        raise KelibError(
+            "mean coefficients of a layer sum to 0: no memory is ever active, entropy is undefined"
+        )
+    share = weights / total
+    logs = np.log(share, out=np.zeros_like(share), where=share > 0)
+    # + 0.0 turns the -0.0 of a one-hot distribution into 0.0
+    return -(share * logs).sum(axis=-1) + 0.0
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over sequences of means over their tokens, float64, by block of sequences on the first axis.
+
+    Attributes:
+        sequences: ``(blocks,)``, how many sequences each block has.
+        coefficients: per layer ``(blocks, m)``; empty if knowledge entropy was not asked for.
+        attention: per attention layer ``(blocks, heads)``, nats; empty if not asked for.
+        next_token: ``(blocks,)``, nats; None if not asked for.
+    """
+
+    sequences: np.ndarray
+    coefficients: tuple[np.ndarray, ...]
+    attention: tuple[np.ndarray, ...] = ()
+    next_token: np.ndarray | None = None
+
+    def arrays(self) -> list[np.ndarray]:
+        """All of them, in one order."""
+        last = [] if self.next_token is None else [self.next_token]
+        return [self.sequences, *self.coefficients, *self.attention, *last]
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> Sums:
+        """The same sums with ``change`` applied to every array."""
+        return Sums(
+            change(self.sequences),
+            tuple(change(a) for a in self.coefficients),
+            tuple(change(a) for a in self.attention),
+            None if self.next_token is None else change(self.next_token),
+        )
+
+    def named(self, prefix: str) -> dict[str, np.ndarray]:
+        """Name and array of each, for a file."""
+        tensors = {f"{prefix}layer.{i}": a for i, a in enumerate(self.coefficients)}
+        tensors |= {f"{prefix}attention.{i}": a for i, a in enumerate(self.attention)}
+        return tensors | ({} if self.next_token is None else {f"{prefix}next_token": self.next_token})
+
+
+@dataclass(frozen=True)
+class EntropyMeasurement:
+    """Sums over the sequences of a data set, and the entropies that follow from them.
+
+    Attributes:
+        coefficient_sums: per layer ``(m,)`` float64, the sum over sequences of the per-sequence mean coefficient;
+            empty if knowledge entropy was not asked for.
+        sequences, tokens: how many were read (padding not counted).
+        attention_sums: per attention layer ``(heads,)`` float64, the sum over sequences of the mean over positions of
+            the entropy of a row of attention; empty if not asked for.
+        next_token_sum: the same of the next-token distribution; None if not asked for.
+        coefficient: name of the coefficient definition.
+        router_weight: whether the coefficients of experts carry the router's weight.
+        blocks: the same sums by block of sequences, for standard errors; None if not asked for.
+    """
+
+    coefficient_sums: tuple[np.ndarray, ...]
+    sequences: int
+    tokens: int
+    attention_sums: tuple[np.ndarray, ...] = ()
+    next_token_sum: float | None = None
+    coefficient: str = "absolute"
+    router_weight: bool = True
+    blocks: Sums | None = field(default=None, repr=False)
+
+    @property
+    def mean_coefficients(self) -> tuple[np.ndarray, ...]:
+        """``C̄_i = (1/|D|) sum_n (1/T_n) sum_j |c_i(n, j)|`` per layer, ``(m,)`` float64 (Eq. 2)."""
+        return tuple(total / self.sequences for total in self.coefficient_sums)
+
+    @property
+    def knowledge_entropy(self) -> np.ndarray:
+        """``H_l`` per layer, ``(layers,)`` nats, each between 0 and ``ln m``; their sum is the paper's H (Eq. 2).
+
+        Raises KelibError if it was not asked for, or if the coefficients of a layer sum to 0.
+        """
+        return _entropies(_asked(self.coefficient_sums, "knowledge"))
+
+    @property
+    def attention_entropy(self) -> np.ndarray:
+        """Mean entropy of a row of attention, ``(layers, heads)`` nats (Eq. 3); the paper's number is the sum over
+        layers of the mean over heads. Where layers differ in heads, missing ones are NaN. KelibError if not asked for."""
+        return _table(_asked(self.attention_sums, "attention")) / self.sequences
+
+    @property
+    def next_token_entropy(self) -> float:
+        """Mean entropy of the next-token distribution, nats, between 0 and ln of the vocabulary (A.4).
+
+        Raises KelibError if it was not asked for.
+        """
+        return float(_asked(self.next_token_sum, "next_token")) / self.sequences
+
+    @property
+    def bound(self) -> float:
+        """``sum_l ln m_l``, the largest value the sum over layers can take (nats)."""
+        return float(sum(np.log(len(total)) for total in self.coefficient_sums))
+
+    @property
+    def effective_memories(self) -> np.ndarray:
+        """``exp(H_l) / m`` per layer, between 0 and 1: comparable between sizes (ours, not the paper's)."""
+        widths = np.array([len(total) for total in self.coefficient_sums])
+        return np.exp(self.knowledge_entropy) / widths
+
+    @property
+    def knowledge_entropy_error(self) -> np.ndarray:
+        """Standard error of :attr:`knowledge_entropy`, ``(layers,)`` nats.
+
+        A delete-a-group jackknife over at most 64 blocks; sequence n of the data set belongs to block n mod 64, so
+        sequences count as exchangeable: where neighbours share a document, shuffle first. Raises KelibError without
+        ``uncertainty=True`` or with fewer than two sequences.
+        """
+        _asked(self.coefficient_sums, "knowledge")
+        return self._error(lambda sums: _entropies(sums.coefficients))
+
+    @property
+    def total_knowledge_entropy_error(self) -> float:
+        """Standard error of the sum over layers of the knowledge entropy, nats (jackknife, as above)."""
+        _asked(self.coefficient_sums, "knowledge")
+        return float(self._error(lambda sums: _entropies(sums.coefficients).sum()))
+
+    @property
+    def attention_entropy_error(self) -> np.ndarray:
+        """Standard error of :attr:`attention_entropy`, ``(layers, heads)`` nats (jackknife, as above)."""
+        _asked(self.attention_sums, "attention")
+        return self._error(lambda sums: _table(sums.attention) / sums.sequences)
+
+    @property
+    def next_token_entropy_error(self) -> float:
+        """Standard error of :attr:`next_token_entropy`, nats (jackknife, as above)."""
+        _asked(self.next_token_sum, "next_token")
+        return float(self._error(lambda sums: np.asarray(sums.next_token) / sums.sequences))
+
+    def _error(self, statistic: Callable[[Sums], Any]) -> np.ndarray:
+        """Jackknife for groups of unequal size (Busing, Meijer and van der Leeden, 1999)."""
+        blocks = self.blocks
+        if blocks is None:
+            raise KelibError("no blocks to estimate an error from: measure with uncertainty=True")
+        filled = np.flatnonzero(blocks.sequences)
+        if len(filled) < 2:
+            raise KelibError(f"{self.sequences} sequence gives no standard error; measure two or more")
+        whole = blocks.map(lambda a: a.sum(axis=0))
+        estimate = np.asarray(statistic(whole))
+        without = [
+            statistic(
+                Sums(
+                    whole.sequences - blocks.sequences[b],
+                    tuple(t - a[b] for t, a in zip(whole.coefficients, blocks.coefficients, strict=True)),
+                    tuple(t - a[b] for t, a in zip(whole.attention, blocks.attention, strict=True)),
+                    None
+                    if blocks.next_token is None or whole.next_token is None
+                    else whole.next_token - blocks.next_token[b],
+                )
+            )
+            for b in filled
+        ]
+        left_out = np.array(without)
+        shape = (-1, *([1] * estimate.ndim))
+        groups = (whole.sequences / blocks.sequences[filled]).reshape(shape)
+        combined = len(filled) * estimate - ((1 - 1 / groups) * left_out).sum(axis=0)
+        pseudo = groups * estimate - (groups - 1) * left_out
+        return np.sqrt((((pseudo - combined) ** 2) / (groups - 1)).mean(axis=0))
+
+    def merge(self, other: EntropyMeasurement) -> EntropyMeasurement:
+        """The measurement of both data sets together.
+
+        Raises KelibError if the two differ in shapes, in the coefficient definition or in what was asked for.
+        """
+        kinds = [(m.coefficient, m.router_weight) for m in (self, other)]
+        if kinds[0] != kinds[1]:
+            raise KelibError(
+                f"measurements of different coefficients cannot be merged: {kinds[0]} and {kinds[1]}"
+            )
+        held = [[a.shape for a in m._totals().arrays()] for m in (self, other)]
+        if held[0] != held[1]:
+            raise KelibError(
+                "measurements of different models or entropies cannot be merged: "
+                f"shapes {held[0][1:]} and {held[1][1:]}"
+            )
+        if (self.blocks is None) != (other.blocks is None):
+            raise KelibError("one of the two measurements has no blocks: measure both alike")
+        total = _add(self._totals(), other._totals())
+        return replace(
+            self,
+            coefficient_sums=total.coefficients,
+            attention_sums=total.attention,
+            next_token_sum=None if total.next_token is None else float(total.next_token),
+            sequences=self.sequences + other.sequences,
+            tokens=self.tokens + other.tokens,
+            blocks=None if self.blocks is None or other.blocks is None else _add(self.blocks, other.blocks),
+        )
+
+    def _totals(self) -> Sums:
+        last = None if self.next_token_sum is None else np.asarray(self.next_token_sum)
+        return Sums(np.asarray(self.sequences), self.coefficient_sums, self.attention_sums, last)
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` (safetensors, counts and definition as JSON in its metadata), whole or not at all."""
+        tensors = self._totals().named("")
+        if self.blocks is not None:
+            tensors |= self.blocks.named("blocks.") | {"blocks.sequences": self.blocks.sequences}
+        notes = {
+            "counts": json.dumps({"sequences": self.sequences, "tokens": self.tokens}),
+            "definition": json.dumps(
+                {"coefficient": self.coefficient, "router_weight": self.router_weight}
+            ),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary, notes)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise KelibError(f"cannot write {path}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> EntropyMeasurement:
+        """Read what :meth:`save` wrote. Raises KelibError for a missing or broken file."""
+        try:
+            with safe_open(path, framework="np") as file:
+                notes = file.metadata()
+                counts = json.loads(notes["counts"])
+                definition = json.loads(notes.get("definition", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            last = tensors.get("next_token")
+            return cls(
+                _numbered(tensors, "layer."),
+                **counts,
+                **definition,
+                attention_sums=_numbered(tensors, "attention."),
+                next_token_sum=None if last is None else float(last),
+                blocks=Sums(
+                    tensors["blocks.sequences"],
+                    _numbered(tensors, "blocks.layer."),
+                    _numbered(tensors, "blocks.attention."),
+                    tensors.get("blocks.next_token"),
+                )
+                if "blocks.sequences" in tensors
+                else None,
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise KelibError(
+                f"{path} is not an entropy measurement ({error}); measure again"
+            ) from error
+
+
+def _numbered(tensors: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
+    count = sum(name.startswith(prefix) for name in tensors)
+    return tuple(tensors[f"{prefix}{i}"] for i in range(count))
+
+
+def _add(one: Sums, other: Sums) -> Sums:
+    more = iter(other.arrays())
+    added = iter([a + next(more) for a in one.arrays()])
+    return one.map(lambda _: next(added))
+
+
+def _asked(value: Any, name: str) -> Any:
+    if value is None or (isinstance(value, tuple) and not value):
+        raise KelibError(f"{name} entropy was not measured: ask for it with measure_entropy(..., {name}=True)")
+    return value
+
+
+def _entropies(sums: tuple[np.ndarray, ...]) -> np.ndarray:
+    # layers may differ in width, so one by one
+    return np.array([float(shannon_entropy(total)) for total in sums])
+
+
+def _table(rows: tuple[np.ndarray, ...]) -> np.ndarray:
+    table = np.full((len(rows), max(len(row) for row in rows)), np.nan)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table

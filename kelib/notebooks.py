@@ -1,0 +1,70 @@
+"""Run a notebook with parameters: checked before, whole or not at all, a failed copy kept for reading."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kelib.errors import KelibError, listing
+
+
+def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute ``notebook`` by papermill and keep the executed copy as ``output``.
+
+    Written under a temporary name first. If a cell fails, the copy goes to ``<output>.failed.ipynb`` and a
+    KelibError names the cell's error; ``output`` is then left as it was. An unknown parameter is an error
+    (papermill itself only warns).
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    if not notebook.exists():
+        there = [path.name for path in notebook.parent.glob("*.ipynb")]
+        raise KelibError(f"no notebook {notebook}; {notebook.parent} has {listing(there)}")
+    known = papermill.inspect_notebook(str(notebook))
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        raise KelibError(
+            f"{notebook.name} has no parameter {listing(unknown)}; its parameters are {listing(known)}"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    failed.unlink(missing_ok=True)
+    os.environ.setdefault("KELIB_PROGRESS", "lines")
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(temporary),
+            dict(parameters),
+            kernel_name="python3",
+            cwd=str(notebook.parent),
+            progress_bar=False,
+            log_output=False,
+            stdout_file=_Terminal(),
+            extra_arguments=["--IPKernelApp.log_level=50"],  # no word about transports
+        )
+    except PapermillExecutionError as error:
+        temporary.replace(failed)
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}")
+        raise KelibError(f"{notebook.name} failed: {reason}\nthe failed copy: {failed}") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(output)
+
+
+class _Terminal:
+    """Passes progress lines of the running notebook on to the terminal; tables stay in the notebook."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if re.search(r"\d+ s(, | left|$)", line) or line.startswith("fetching"):
+                print(f"  {line}", flush=True)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,212 @@
+"""Table and Axes in, Axes out. Estimation is done before (``kelib.metrics``), files are written after.
+
+Colours are the Okabe-Ito set, told apart by colour-blind readers, and every series has a marker of
+its own for print in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kelib.metrics import Interval, mean_interval
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+VERDICT_COLOURS = {"reproduced": "#009E73", "contradicted": "#D55E00", "absent": "#0072B2"}
+
+
+def use_style() -> None:
+    """The look of all figures: serif-free, thin grid, fonts embedded in PDFs."""
+    mpl.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "0.92",
+            "grid.linewidth": 0.6,
+            "lines.markersize": 5,
+            "legend.frameon": False,
+            "pdf.fonttype": 42,
+            "savefig.facecolor": "white",
+        }
+    )
+
+
+def panels(columns: int, rows: int = 1, width: float = 3.4, height: float = 2.7) -> tuple[Figure, Any]:
+    """A figure with ``rows x columns`` axes (always an array) in the shared style."""
+    from matplotlib import pyplot as plt
+
+    use_style()
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False
+    )
+    figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))  # type: ignore[union-attr]
+    return figure, axes
+
+
+def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:
+    """Mean and 95 % t interval of ``value`` per group: columns ``by``, n, mean, low, high.
+
+    CL seeds are averaged inside a pretraining seed first. With several pretraining seeds the interval is
+    over these (the unit of the study); with one it is over CL seeds, and says nothing about other pretraining
+    runs. NaN bounds mean a single value. The column ``unit`` names which.
+    """
+    several = table["seed"].nunique() > 1
+    keys = list(by)
+    if several:
+        table = table.groupby([*keys, "seed"], as_index=False)[value].mean()
+    rows = []
+    for group, part in table.groupby(keys):
+        values = part[value].dropna().to_numpy()  # F over chance is NaN where nothing was learnt
+        interval = mean_interval(values) if len(values) else Interval(0, *[np.nan] * 3)
+        names = group if isinstance(group, tuple) else (group,)
+        row = dict(zip(keys, names, strict=True))
+        row |= {"n": interval.n, "mean": interval.mean, "low": interval.low, "high": interval.high}
+        rows.append(row | {"unit": "pretraining seeds" if several else "CL seeds"})
+    return pd.DataFrame(rows)
+
+
+def _series(ax: Axes, x: Any, part: pd.DataFrame, index: int, label: str, **style: Any) -> None:
+    """One line with markers and intervals."""
+    errors = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
+    options = {"color": COLOURS[index], "marker": MARKERS[index], "capsize": 2, "lw": 1.2} | style
+    ax.errorbar(x, part["mean"], yerr=np.nan_to_num(errors), label=label, **options)
+
+
+def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, int]) -> Axes:
+    """Knowledge entropy (summed over layers, nats) against the step, all three phases, logarithmic steps.
+
+    ``totals`` has columns seed, step, entropy_nats, bound_nats. The peak and the stages that continual learning starts from are
+    marked for the first seed.
+    """
+    for index, (seed, part) in enumerate(totals.groupby("seed")):
+        colour = COLOURS[index % len(COLOURS)]
+        label = f"seed {seed}"
+        ax.plot(part["step"], part["entropy_nats"], "-o", color=colour, ms=3, lw=1.2, label=label)
+    first = totals[totals["seed"] == totals["seed"].iloc[0]].set_index("step")["entropy_nats"]
+    ax.axhline(totals["bound_nats"].iloc[0], color="0.5", lw=0.8, ls=":")
+    ax.annotate("bound: layers × ln m", (1, totals["bound_nats"].iloc[0]), fontsize=7, color="0.4",
+                xytext=(0, 3), textcoords="offset points")
+    ax.axvline(peak, color="0.5", lw=0.8, ls="--")
+    ax.annotate(f"peak, step {peak}", (peak, first.min()), fontsize=7, color="0.3", rotation=90,
+                xytext=(-9, 2), textcoords="offset points")
+    for step in stages.values():
+        ax.plot(step, first[step], "D", mfc="none", mec="black", ms=8)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xlabel("pretraining step (symlog)")
+    ax.set_ylabel("knowledge entropy (nats)")
+    return ax
+
+
+def layer_changes(entropy: pd.DataFrame, ax: Axes, peak: int, tokens_per_step: int) -> Axes:
+    """Entropy of each layer relative to its value at ``peak`` (nats), from there on, and their sum.
+
+    ``entropy`` has columns step, layer, entropy_nats of one seed.
+    """
+    table = entropy.pivot(index="step", columns="layer", values="entropy_nats")
+    late = table.loc[peak:] - table.loc[peak]
+    for index, layer in enumerate(late.columns):
+        ax.plot(late.index, late[layer], marker=MARKERS[index % 7], color=COLOURS[index % 6], lw=1,
+                ms=3.5, label=f"layer {layer + 1}")
+    ax.plot(late.index, late.sum(axis=1), "-", color="black", lw=2, label="sum")
+    ax.axhline(0, color="0.5", lw=0.8)
+    ax.set_xlabel("pretraining step")
+    ax.set_ylabel("change since the peak (nats)")
+    ax.legend(fontsize=7)
+    top = ax.secondary_xaxis(
+        "top", functions=(lambda s: s * tokens_per_step / 1e6, lambda t: t * 1e6 / tokens_per_step)
+    )
+    top.set_xlabel("tokens (millions)", fontsize=7)
+    top.tick_params(labelsize=7)
+    return ax
+
+
+def by_stage(
+    summary: pd.DataFrame, ax: Axes, ticks: dict[int, str], ylabel: str, scale: float = 1.0
+) -> Axes:
+    """A quantity against the pretraining stage, one line a CL learning rate, with 95 % intervals.
+
+    ``summary`` comes from :func:`summarise` by learning_rate and stage_step; ``ticks`` maps steps to labels.
+    """
+    steps = sorted(ticks)
+    for index, (rate, part) in enumerate(summary.groupby("learning_rate", sort=False)):
+        part = part.sort_values("stage_step")
+        part = part.assign(**{c: part[c] * scale for c in ("mean", "low", "high")})
+        # a little apart, so that intervals of different rates do not hide each other
+        x = np.array([steps.index(s) for s in part["stage_step"]]) + 0.06 * (index - 1)
+        _series(ax, x, part, index, f"CL rate {rate:g}")
+    ax.set_xticks(range(len(steps)), [ticks[step] for step in steps])
+    ax.set_ylabel(ylabel)
+    return ax
+
+
+def by_arm(
+    summary: pd.DataFrame, ax: Axes, arms: Sequence[str], ylabel: str, scale: float = 1.0
+) -> Axes:
+    """A quantity for each intervention arm, one marker a CL rate; a dashed line at the first arm (the original).
+
+    ``summary`` comes from :func:`summarise` by learning_rate and arm.
+    """
+    for index, (rate, part) in enumerate(summary.groupby("learning_rate", sort=False)):
+        part = part.set_index("arm").reindex(arms)
+        part = part.assign(**{c: part[c] * scale for c in ("mean", "low", "high")})
+        _series(ax, np.arange(len(arms)) + 0.08 * (index - 0.5), part, index, f"CL rate {rate:g}", ls="")
+        ax.axhline(part["mean"].iloc[0], color=COLOURS[index], lw=0.8, ls="--")
+    ax.set_xticks(range(len(arms)), arms)
+    ax.set_ylabel(ylabel)
+    return ax
+
+
+def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
+    """Effect of every claim in units of its smallest effect of interest, signed so that right is the paper's direction.
+
+    ``claims`` has columns label, mean, low95, high95, smallest_effect, direction, verdict.
+    """
+    claims = claims.reset_index(drop=True)
+    for row in claims.itertuples():
+        unit = row.direction / row.smallest_effect  # type: ignore[operator]
+        y = len(claims) - 1 - row.Index  # type: ignore[operator]
+        ends = sorted((row.low95 * unit, row.high95 * unit))  # type: ignore[operator]
+        colour = VERDICT_COLOURS.get(str(row.verdict), "0.35")
+        ax.plot(ends, [y, y], color=colour, lw=1.5)
+        ax.plot(row.mean * unit, y, "o", color=colour)  # type: ignore[operator]
+        ax.annotate(str(row.verdict), (1.01, y), xycoords=("axes fraction", "data"), va="center",
+                    fontsize=7, color=colour, annotation_clip=False)
+    ax.axvspan(-1, 1, color="0.93", zorder=0)
+    ax.axvline(0, color="0.5", lw=0.8)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_yticks(range(len(claims))[::-1], claims["label"])
+    ax.set_ylim(-0.7, len(claims) - 0.3)
+    ax.set_xlabel("effect ÷ smallest effect of interest, positive = the paper's direction (symlog)")
+    return ax
+
+
+def regimes(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
+    """Knowledge entropy minus its bound (nats) against the step for every pretraining regime tried.
+
+    ``table`` has columns regime, seed, step, gap_nats. The chosen regime is drawn thick.
+    """
+    for index, (regime, part) in enumerate(table.groupby("regime", sort=False)):
+        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "ms": 3}
+        for number, (_, line) in enumerate(part.groupby("seed")):
+            ax.plot(line["step"], line["gap_nats"], lw=2.2 if regime == chosen else 0.9, alpha=0.9,
+                    label=str(regime) if number == 0 else None, **style)
+    ax.set_xlabel("pretraining step")
+    ax.set_ylabel("knowledge entropy minus bound (nats)")
+    return ax
+
+
+def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
+    """One legend for all panels, under them, taken from ``ax``."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)

@@ -1,0 +1,115 @@
+"""Finished measurements, opened for drawing, and figures written with their provenance. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kelib.config import Profile, profile_from, repository_root
+from kelib.errors import KelibError, listing
+from kelib.tables import provenance, read_provenance, read_table, write_atomically
+
+SOURCES = {"reference": Path("data/reference"), "measurements": Path("data/measurements")}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of one profile. ``profile`` is what they were made with, read from their provenance."""
+
+    profile: Profile
+    folder: Path
+    output: Path
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A measurement table, checked against its provenance."""
+        return read_table(self.folder / f"{name}.csv")
+
+    def inputs(self, names: list[str]) -> dict[str, str]:
+        """sha256 of the named tables."""
+        return {name: read_provenance(self.folder / f"{name}.csv")["sha256"] for name in names}
+
+    @property
+    def label(self) -> str:
+        """Profile and seeds, as figures show them."""
+        seeds = ", ".join(map(str, self.profile.seeds))
+        return f"profile {self.profile.profile} · pretraining seed {seeds}"
+
+
+def open_results(profile: str, source: str = "reference") -> Results:
+    """Open the committed reference of a profile, or with ``source="measurements"`` what ``make`` just computed.
+
+    Figures drawn from fresh measurements go to ``figures/<profile>``; figures drawn from the
+    reference go to a temporary folder, for ``make reference`` alone writes the committed ones.
+    """
+    if source not in SOURCES:
+        raise KelibError(f"source = {source!r} must be one of {listing(SOURCES)}")
+    root = repository_root()
+    folder = root / SOURCES[source] / profile
+    if not (folder / "entropy.csv").exists():
+        parent = root / SOURCES[source]
+        there = [p.parent.name for p in parent.glob("*/entropy.csv")]
+        raise KelibError(
+            f"no measurements of profile {profile!r} in {SOURCES[source]}; it has {listing(there)}; run "
+            f"make figures PROFILE={profile}"
+        )
+    made_with = read_provenance(folder / "entropy.csv")["parameters"]
+    output = root / "figures" / profile
+    if source == "reference":
+        output = Path(tempfile.mkdtemp(prefix="kelib-figures-"))
+    return Results(profile_from(made_with), folder, output)
+
+
+def save_figure(
+    figure: Any, name: str, plotted: pd.DataFrame, results: Results, inputs: list[str]
+) -> dict[str, Any]:
+    """Write ``name``.pdf, .png, .csv (the plotted numbers) and .json (provenance) into ``results.output``.
+
+    The JSON is written last, so that it stands for a complete set. Profile, seeds and digest are
+    stamped into the corner of the figure. Returns the provenance.
+    """
+    results.output.mkdir(parents=True, exist_ok=True)
+    parameters = json.loads(json.dumps(read_provenance(results.folder / "entropy.csv")["parameters"]))
+    note = provenance(parameters, list(results.profile.seeds), results.inputs(inputs))
+    stamp = f"{results.label} · {note['digest']}"
+    figure.text(0.995, 0.003, stamp, ha="right", va="bottom", fontsize=6, color="0.35")
+    for suffix in ("pdf", "png"):
+        temporary = results.output / f".{name}.{os.getpid()}.tmp.{suffix}"
+        # no creation date: the same numbers give the same file
+        metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
+        figure.savefig(temporary, dpi=200, metadata=metadata)
+        temporary.replace(results.output / f"{name}.{suffix}")
+    write_atomically(
+        results.output / f"{name}.csv",
+        plotted.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+    )
+    text = json.dumps({**note, "figure": name}, indent=1, sort_keys=True)
+    write_atomically(results.output / f"{name}.json", text + "\n")
+    return note
+
+
+def save_table(name: str, table: pd.DataFrame, results: Results, inputs: list[str], **extra: Any) -> None:
+    """Write a table of the paper: ``name``.csv and .json (provenance) into ``results.output``."""
+    parameters = read_provenance(results.folder / "entropy.csv")["parameters"]
+    note = provenance(parameters, list(results.profile.seeds), results.inputs(inputs))
+    text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    write_atomically(results.output / f"{name}.csv", text)
+    text = json.dumps({**note, **extra, "table": name}, indent=1, sort_keys=True)
+    write_atomically(results.output / f"{name}.json", text + "\n")
+
+
+def promote_files(files: list[Path], target: Path) -> None:
+    """Replace ``target`` by copies of ``files``, in one rename."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in files:
+        shutil.copy2(file, temporary / file.name)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)

@@ -1,0 +1,96 @@
+"""What the stage notebooks call: do the missing runs of a stage, then write its measurement tables.
+
+Each stage reads the tables of the one before it and nothing else; calling one twice does nothing twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kelib.config import load_profile, repository_root
+from kelib.study import (
+    Study,
+    checkpoint_tables,
+    continual_table,
+    pretraining_table,
+    save_coefficients,
+)
+from kelib.tables import library_digest, provenance, read_provenance, read_table, write_table
+
+TABLES = ("pretraining", "entropy", "checkpoints", "continual", "interventions")
+
+
+def open_study(
+    profile: str, overrides: Mapping[str, Any] | None = None, scratch: bool = False
+) -> Study:
+    """A study whose data goes to ``data/`` of the repository, or with ``scratch`` to a temporary folder.
+
+    The temporary folder is the same for the same code, so that opening one stage notebook after another
+    does not pretrain each time.
+    """
+    chosen = load_profile(profile, overrides)
+    if scratch:
+        data = Path(tempfile.gettempdir()) / f"kelib-scratch-{library_digest()}-{chosen.digest}"
+    else:
+        data = repository_root() / "data"
+    return Study(chosen, data)
+
+
+def _write(study: Study, name: str, table: pd.DataFrame, inputs: list[str]) -> pd.DataFrame:
+    path = study.measurements / f"{name}.csv"
+    read = {n: read_provenance(study.measurements / f"{n}.csv")["sha256"] for n in inputs}
+    parameters = dataclasses.asdict(dataclasses.replace(study.profile, workers=1))
+    write_table(table, path, provenance(parameters, list(study.profile.seeds), read))
+    return read_table(path)
+
+
+def table(study: Study, name: str) -> pd.DataFrame:
+    """A measurement table of the study. KelibError if its stage was not run."""
+    return read_table(study.measurements / f"{name}.csv")
+
+
+def pretrain(study: Study) -> pd.DataFrame:
+    """Stage 1: corpora and checkpoints; the table is the training loss by seed and step."""
+    study.run([study.pretrain_run(seed) for seed in study.profile.seeds], "pretrain")
+    return _write(study, "pretraining", pretraining_table(study), [])
+
+
+def measure(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Stage 2: (entropy by seed, step, layer; probes, tasks and losses by seed and step)."""
+    study.run(study.measure_runs(), "measure")
+    entropy, checkpoints = checkpoint_tables(study)
+    save_coefficients(study)
+    written = _write(study, "entropy", entropy, ["pretraining"])
+    return written, _write(study, "checkpoints", checkpoints, ["pretraining"])
+
+
+def continual(study: Study) -> pd.DataFrame:
+    """Stage 3: continual learning from every stage, rate and seed, with and without injection."""
+    runs = study.continual_runs(table(study, "entropy"))
+    study.run(runs, "continual learning")
+    rows = continual_table(study, runs, table(study, "checkpoints"))
+    return _write(study, "continual", rows, ["entropy", "checkpoints"])
+
+
+def intervene(study: Study) -> pd.DataFrame:
+    """Stage 4: resuscitation of the last stage, then continual learning. Originals stand in the same table."""
+    runs = study.intervention_runs()
+    study.run(runs, "resuscitation")
+    resuscitated = continual_table(study, runs, table(study, "checkpoints"))
+    originals = table(study, "continual")
+    last = originals["stage_step"] == study.profile.pretraining.steps
+    rates = originals["learning_rate"].isin(study.profile.interventions.learning_rates)
+    rows = pd.concat([originals[last & rates & originals["injected"]], resuscitated])
+    return _write(study, "interventions", rows, ["entropy", "checkpoints", "continual"])
+
+
+def until(study: Study, stage: int) -> None:
+    """Do stages 1 to ``stage`` (for notebooks opened on their own in a scratch folder)."""
+    for do in (pretrain, measure, continual, intervene)[:stage]:
+        do(study)

@@ -1,0 +1,598 @@
+"""Runs appear whole or not at all, whatever dies in between; what is done is never done again."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kelib import corpus as corpus_module
+from kelib import jobs, runs
+from kelib.config import load_profile
+from kelib.errors import KelibError
+from kelib.runs import CODE, Progress, Run, code_digest, count_states, execute, perform, with_inputs
+from kelib.study import Study
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = [*range(3, 60, 3)]  # many checkpoints: many moments at which a kill may hurt
+TINY = {
+    "seeds": [100],
+    "workers": 1,
+    "corpus.vocabulary_size": 320,
+    "corpus.sequence_length": 32,
+    "model.hidden_size": 16,
+    "model.intermediate_size": 32,
+    "pretraining.steps": 60,
+    "pretraining.batch_size": 4,
+    "pretraining.checkpoints": KEPT,
+}
+DO = """
+import pickle, sys, torch
+from kelib.runs import execute, perform
+torch.set_num_threads(1)
+if __name__ == "__main__":
+    runs = pickle.loads(open(sys.argv[2], "rb").read())
+    execute(runs, 1) if sys.argv[1] == "execute" else [perform(run) for run in runs]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As a worker of one thread, since sums differ in the last bit between numbers of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data folder with the corpus of the tiny study and its pretraining run, done undisturbed."""
+    study = Study(load_profile("smoke", TINY), tmp_path_factory.mktemp("made"))
+    with pytest.MonkeyPatch.context() as patch:  # less text, built in a second
+        patch.setattr(corpus_module, "GENERATED_DOCUMENTS", 600)
+        patch.setattr(corpus_module, "TOKENIZER_CHARACTERS", 50_000)
+        perform(study.corpus_run(100))
+    perform(study.pretrain_run(100))
+    return study
+
+
+@pytest.fixture
+def study(made, tmp_path):
+    """The same study in a data folder of its own, where only the corpus is done."""
+    shutil.copytree(made.data / "corpus", tmp_path / "data" / "corpus")
+    return Study(made.profile, tmp_path / "data")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a process that performs or executes runs; ended at the end of the test."""
+    started = []
+
+    def begin(how, *todo):
+        file = tmp_path / "runs.pickle"
+        file.write_bytes(pickle.dumps(todo))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", DO, how, str(file)]
+        log = (tmp_path / "log.txt").open("w")
+        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(condition, what, seconds=90):
+    """Wait for something that another process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain until {what}"
+        time.sleep(0.01)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")  # an orphan may wait for an init process to collect it
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def weights(folder):
+    """Bytes of every checkpoint of a pretraining run, and its losses."""
+    files = {path.parent.name: path.read_bytes() for path in folder.glob("step*/model.safetensors")}
+    return files, json.loads((folder / "losses.json").read_text())
+
+
+def assert_same_run(found, expected):
+    (files, losses), (expected_files, expected_losses) = weights(found), weights(expected)
+    assert losses == expected_losses
+    assert sorted(files) == sorted(expected_files) == [f"step{s:07d}" for s in [0, *KEPT, 60]]
+    assert [step for step in files if files[step] != expected_files[step]] == []
+    left = [path.name for path in found.rglob("*")]
+    assert not [name for name in left if name.endswith(".tmp") or name.startswith("state")]
+    assert not {"lock", "progress", "error.txt"} & set(left)
+
+
+def bare(home, **settings):
+    return Run("corpus", home, settings)
+
+
+# --- digests ------------------------------------------------------------------------------------
+
+
+def test_the_digest_follows_kind_settings_inputs_and_nothing_else(tmp_path):
+    one = bare(tmp_path, seed=1)
+    assert one.digest == bare(tmp_path, seed=1).digest == bare(tmp_path / "b", seed=1).digest
+    files = dataclasses.replace(one, files={"sources": tmp_path})
+    assert one.digest == files.digest  # where fetched text lies is no setting
+    different = [
+        one,
+        bare(tmp_path, seed=2),
+        bare(tmp_path, seed=1.0),
+        bare(tmp_path, seed=1, more=None),
+        Run("pretrain", tmp_path, {"seed": 1}),
+        Run("corpus", tmp_path, {"seed": 1}, {"corpus": one}),
+        Run("corpus", tmp_path, {"seed": 1}, {"corpus": bare(tmp_path, seed=2)}),
+    ]
+    assert len({run.digest for run in different}) == len(different)
+
+
+@pytest.fixture
+def copied_code(tmp_path, monkeypatch):
+    """``copied_code(module, old, new)``: digests by kind if kelib's code read so."""
+
+    def digests(module=None, old="", new=""):
+        folder = tmp_path / "code"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ROOT / "kelib", folder, ignore=shutil.ignore_patterns("__pycache__"))
+        if module is not None:
+            text = (folder / f"{module}.py").read_text()
+            assert old in text
+            (folder / f"{module}.py").write_text(text.replace(old, new, 1))
+        monkeypatch.setattr(runs, "__file__", str(folder / "runs.py"))
+        return {kind: code_digest.__wrapped__(kind) for kind in CODE}
+
+    return digests
+
+
+def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
+    before = copied_code()
+    assert before == {kind: code_digest(kind) for kind in CODE}
+    assert before == copied_code("training", '"""The one training loop', '"""Another docstring')
+    assert before == copied_code("training", '    """AdamW on batches', '    """Adam on batches')
+    assert before == copied_code("training", "import json\n", "# a remark\n\nimport json  # why\n")
+    assert before == copied_code("training", "low + (1 - low)", "low + (  1 - low  )")
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "kinds"),
+    [
+        ("training", "0.5 * (1 + math.cos", "0.4 * (1 + math.cos", {"pretrain", "continual"}),
+        ("wordings", '"', '"x', {"corpus"}),
+        ("entropy", "np.float64", "np.float32", {"measure", "continual"}),
+        ("scoring", "log_softmax", "softmax", {"measure", "continual"}),
+        ("injection", "generator.permutation(once)", "np.arange(once)", {"continual"}),
+        ("jobs", "1000 + seed", "2000 + seed", {"continual"}),
+        ("metrics", "weights=sets.size()", "weights=None", {"measure", "continual"}),
+        ("metrics", "LEAST", "MOST", set()),
+        ("runs", "wait(waiting, timeout=1", "wait(waiting, timeout=2", set()),
+    ],
+)
+def test_code_changes_the_digest_of_what_rests_on_it(copied_code, module, old, new, kinds):
+    if (module, old) == ("metrics", "LEAST"):
+        old, new = "class Interval:", "class Interval2:"  # no stored number rests on it
+    before, after = copied_code(), copied_code(module, old, new)
+    assert {kind for kind in CODE if before[kind] != after[kind]} == kinds
+
+
+def imported(path):
+    """Modules of kelib that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "kelib":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kelib."):
+            yield node.module.removeprefix("kelib.")
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_no_module_that_a_kind_imports_is_left_out_of_its_digest(kind):
+    inputs = {
+        "corpus": (),
+        "pretrain": ("corpus",),
+        "measure": ("corpus", "pretrain"),
+        "continual": ("corpus", "pretrain"),
+    }
+    names = {name for part in (kind, *inputs[kind]) for name in CODE[part]}
+    covered = {name.partition(":")[0] for name in names} | {"errors", "config"}
+    whole = {name for name in names if ":" not in name}
+    needed = {module for name in whole for module in imported(ROOT / "kelib" / f"{name}.py")}
+    assert needed - covered == set()
+    assert f"jobs:{kind}" in CODE[kind] and callable(getattr(jobs, kind))
+
+
+# --- what is done, and in which order -------------------------------------------------------------
+
+
+def test_runs_are_placed_after_what_they_rest_on(study):
+    change = {"name": "resuscitate", "ratio": 0.5, "factor": 1.0}
+    plain = study.continual_run(100, 60, 1e-3, 0)
+    woken = study.continual_run(100, 60, 1e-3, 0, True, change)
+    levels = with_inputs([woken, plain, plain, study.corpus_run(100)])
+    assert [[run.kind for run in level] for level in levels] == [
+        ["corpus"],
+        ["pretrain"],
+        ["continual", "measure"] if levels[2][0] == plain else ["measure", "continual"],
+        ["continual"],
+    ]
+    assert levels[3] == [woken]
+    assert with_inputs([]) == []
+
+
+def test_what_is_done_is_left_alone(made):
+    run = made.pretrain_run(100)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    assert perform(run) == 0
+    outcome = execute([run, made.corpus_run(100)], workers=1)
+    assert (outcome.done, outcome.skipped, outcome.seconds) == (0, 2, 0)
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+    assert execute([], workers=1).skipped == 0
+
+
+def test_a_finished_run_says_what_it_was(made):
+    run = made.pretrain_run(100)
+    note = run.read("run.json")
+    assert note["settings"] == dict(run.settings)
+    assert note["inputs"] == {"corpus": made.corpus_run(100).digest}
+    assert (note["kind"], note["digest"], note["code"]) == (
+        "pretrain",
+        run.folder.name,
+        code_digest("pretrain"),
+    )
+    assert {"python", "torch", "transformers", "numpy"} <= set(note["versions"])
+    assert note["seconds"] > 0
+
+
+def test_checkpoints_of_a_run_carry_their_origin(made):
+    from kelib.checkpoints import load_checkpoint, read_note
+
+    run = made.pretrain_run(100)
+    for step in (0, 3, 60):
+        note = read_note(run.folder / f"step{step:07d}")
+        assert (note["step"], note["tokens"], note["seed"]) == (step, step * 4 * 32, 100)
+        assert note["parent"] is None
+        assert note["digest"] == run.settings["digest"]
+        assert note["versions"] == jobs.versions()
+    load_checkpoint(run.folder / "step0000060", run.settings["digest"])
+    losses = run.read("losses.json")
+    assert len(losses) == 60 and losses[-1] < losses[0] - 0.5  # it learned
+
+
+def test_states_are_counted(made, study, tmp_path):
+    done, missing = study.corpus_run(100), study.measure_run(100, 0)
+    failed, running = study.measure_run(100, 3), study.measure_run(100, 6)
+    failed.partial.mkdir(parents=True)
+    (failed.partial / "error.txt").write_text("no")
+    running.partial.mkdir(parents=True)
+    with (running.partial / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        counts = count_states([done, missing, failed, running, missing])
+    assert counts == {"done": 1, "running": 1, "failed": 1, "missing": 2}
+    assert running.state() == "missing"  # who held the lock is gone: it was interrupted
+    assert count_states([]) == dict.fromkeys(counts, 0)
+
+
+def test_reading_a_run_that_is_not_done_is_refused(study, made):
+    run = study.measure_run(100, 3)
+    message = rf"measure run {run.digest} is missing: run its stage first"
+    with pytest.raises(KelibError, match=message):
+        run.read()
+    with pytest.raises(KelibError, match=r"nothing.json cannot be read; delete that folder"):
+        made.pretrain_run(100).read("nothing.json")
+
+
+def test_a_folder_without_its_note_is_no_run(study, made):
+    run = study.corpus_run(100)
+    (run.folder / "run.json").unlink()
+    assert not run.done
+    with pytest.raises(KelibError, match="is missing"):
+        run.read("manifest.json")
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+def test_kills_at_random_moments_change_no_bit(made, study, start):
+    run = study.pretrain_run(100)
+    seed = random.randrange(10**6)
+    print("delays drawn from", seed)  # shown if the test fails
+    dice = random.Random(seed)
+    for _ in range(2):
+        process = start("perform", run)
+        steps = len(list(run.partial.glob("step*")))
+        grown = lambda n=steps: len(list(run.partial.glob("step*"))) > n or run.done  # noqa: E731
+        until(grown, "a checkpoint is written")
+        time.sleep(dice.random() * 0.25)
+        process.kill()
+        process.wait()
+        if run.done:
+            break
+        assert not run.folder.exists()
+        assert run.state() == "missing"
+        (run.partial / ".step0000099.1.tmp").mkdir(
+            exist_ok=True
+        )  # as a kill inside a save leaves it
+    perform(run)
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+def test_workers_end_with_their_parent_and_the_next_call_completes(made, study, start):
+    run = study.pretrain_run(100)
+    parent = start("execute", run)
+    until(lambda: (run.partial / "step0000003").exists(), "the worker trains")
+    worker = int((run.partial / "lock").read_text())
+    assert worker != parent.pid and alive(worker)
+    assert run.state() == "running"
+    parent.kill()
+    parent.wait()
+    until(lambda: not alive(worker), "the orphan ends", 30)
+    assert run.state() == "missing" and not run.folder.exists()
+    left = len(list(run.partial.glob("step*")))
+    assert 0 < left < len(KEPT) + 2  # it really was in the middle
+    perform(run)
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+def test_an_interrupt_ends_the_workers_and_drops_the_queue(study, start):
+    long = load_profile("smoke", {**TINY, "pretraining.steps": 5000})
+    queue = [
+        Study(dataclasses.replace(long, pretraining=plan), study.data).pretrain_run(100)
+        for plan in (long.pretraining, dataclasses.replace(long.pretraining, learning_rate=1e-3))
+    ]
+    parent = start("execute", *queue)
+    until(lambda: any((r.partial / "step0000000").exists() for r in queue), "the worker trains")
+    begun = next(run for run in queue if run.partial.exists())
+    worker = int((begun.partial / "lock").read_text())
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(30) != 0
+    until(lambda: not alive(worker), "the worker ends", 30)
+    assert sum(run.partial.exists() for run in queue) == 1
+    assert not any(run.done for run in queue)
+
+
+def test_a_worker_that_the_system_kills_is_reported_with_its_run(made, study, monkeypatch):
+    """What lack of memory does. The call ends, names the run, and the run resumes afterwards."""
+    run, other = study.pretrain_run(100), study.measure_run(100, 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    killed = []
+
+    def kill():
+        until(lambda: (run.partial / "step0000003").exists(), "the worker trains")
+        killed.append(int((run.partial / "lock").read_text()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    message = (
+        rf"^pretrain {run.digest}: its worker process was ended by the system \(exit code -9; "
+        r".*lack of memory\): free memory or lower workers, then run again; what is finished is kept$"
+    )
+    with pytest.raises(KelibError, match=message):
+        execute([other], workers=1)
+    thread.join()
+    assert not alive(killed[0])
+    assert os.environ["OMP_NUM_THREADS"] == "7"  # left as it was found
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+    assert run.state() == "failed" and not run.folder.exists()
+    assert "lack of memory" in (run.partial / "error.txt").read_text()
+    perform(run)
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+def test_workers_that_cannot_start_are_explained(study, tmp_path):
+    """A script without the main guard: every worker would run it again, and Python refuses that."""
+    (tmp_path / "runs.pickle").write_bytes(pickle.dumps([study.pretrain_run(100)]))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pickle\nfrom kelib.runs import execute\n"
+        f"runs = pickle.loads(open({str(tmp_path / 'runs.pickle')!r}, 'rb').read())\n"
+        "execute(runs, 1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "the worker processes ended before they began a run (exit codes 1)" in last
+    assert "under if __name__ == '__main__'" in last
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_a_failing_run_is_reported_and_the_others_are_finished(study, tmp_path, capfd):
+    good = study.measure_run(100, 0)
+    world = load_profile("smoke").corpus.world
+    few = dataclasses.replace(
+        study.profile.corpus, domain=(str(tmp_path / "nowhere"),), world=world
+    )
+    bad = Study(dataclasses.replace(study.profile, corpus=few), study.data).corpus_run(100)
+    short = dataclasses.replace(study.profile.pretraining, steps=3, checkpoints=())
+    quick = Study(dataclasses.replace(study.profile, pretraining=short), study.data)
+    good = quick.corpus_run(100)
+    shutil.rmtree(study.corpus_run(100).folder)
+
+    with pytest.raises(KelibError) as caught:
+        execute([bad, good], workers=1, title="texts")
+    first, second = str(caught.value).splitlines()
+    assert first == "1 of 2 runs failed; the others are kept."
+    assert second.startswith(f"corpus {bad.digest}: ") and "nowhere" in second
+    assert good.done and not bad.done and not bad.folder.exists()
+    assert count_states([bad, good]) == {"done": 1, "running": 0, "failed": 1, "missing": 0}
+    assert (bad.partial / "error.txt").read_text() in second
+    assert "texts: corpus: 2.0 of 2" in capfd.readouterr().out
+    outcome = execute([good], workers=1)
+    assert (outcome.done, outcome.skipped) == (0, 1)
+
+
+def test_a_loss_that_is_not_finite_keeps_what_was_saved_and_nothing_worse(study):
+    from kelib.checkpoints import load_checkpoint
+
+    plan = dataclasses.replace(study.profile.pretraining, learning_rate=1e36)
+    wild = Study(dataclasses.replace(study.profile, pretraining=plan), study.data)
+    run = wild.pretrain_run(100)
+    with pytest.raises(KelibError, match=r"loss is (nan|inf) at step \d+ of 60 .*1e\+36"):
+        perform(run)
+    assert not run.folder.exists()
+    kept = sorted(path.name for path in run.partial.glob("step*"))
+    assert "step0000000" in kept and "step0000060" not in kept
+    untrained, _ = load_checkpoint(run.partial / "step0000000")
+    assert all(bool(p.isfinite().all()) for p in untrained.parameters())
+
+
+def test_a_broken_state_is_refused_with_its_file(study, made):
+    run = study.pretrain_run(100)
+    run.partial.mkdir(parents=True)
+    (run.partial / jobs.STATE).write_bytes(b"half a state")
+    with pytest.raises(
+        KelibError, match=rf"{jobs.STATE} is not a state of this run .*; delete it$"
+    ):
+        perform(run)
+    (run.partial / jobs.STATE).unlink()
+    perform(run)
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+def test_an_impossible_home_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = bare(tmp_path / "file" / "corpus", seed=1)
+    with pytest.raises(
+        KelibError, match=r"cannot read or write .*file/corpus.*; free space or"
+    ) as e:
+        perform(run)
+    assert "\n" not in str(e.value)
+    assert run.state() == "missing"
+
+
+def test_a_full_disk_is_one_clear_line_and_no_run(study, made):
+    run = study.pretrain_run(100)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, before[1])
+    )  # a writer cannot tell them apart
+    try:
+        with pytest.raises(
+            KelibError, match=r"cannot read or write .*too large.*; free space or"
+        ) as e:
+            perform(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(e.value)
+    assert not run.folder.exists()
+    perform(run)
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+# --- two writers ----------------------------------------------------------------------------------
+
+
+def test_a_lock_keeps_a_second_writer_out(study, made):
+    run = study.pretrain_run(100)
+    run.partial.mkdir(parents=True)
+    with (run.partial / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4321")
+        lock.flush()
+        message = rf"{run.digest}.partial is being written by another process \(pid 4321\); wait"
+        with pytest.raises(KelibError, match=message):
+            perform(run)
+        seconds, reason = runs._perform_safely(run)
+        assert seconds == 0 and "pid 4321" in reason
+        assert run.state() == "running"  # the refused one did not mark the other's run as failed
+        assert [path.name for path in run.partial.iterdir()] == ["lock"]
+    perform(run)
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+def test_a_writer_that_comes_second_finds_the_run_done(study, made):
+    run = study.pretrain_run(100)
+    run.partial.mkdir(parents=True)
+    spent = []
+    second = threading.Thread(target=lambda: spent.append(perform(run)))
+    with (run.partial / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second.start()
+        time.sleep(0.1)  # it waits for the lock now
+        shutil.copytree(made.pretrain_run(100).folder, run.folder)
+    second.join()
+    assert spent == [0]
+    assert run.done and not run.partial.exists()
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_lines(monkeypatch, capsys):
+    monkeypatch.delenv("KELIB_PROGRESS", raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress("stage: measure", 4, interval=0) as bar:
+        assert bar.bar is None
+        bar.show(0)
+        bar.show(1.5)
+        bar.show(4)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("stage: measure: 0.0 of 4, 0 s, starting")
+    assert lines[1].startswith("stage: measure: 1.5 of 4, 0 s, ") and lines[1].endswith("s left")
+    assert lines[2] == "stage: measure: 4.0 of 4, 0 s, 0 s left"
+    assert len(lines) == 3 and sys.stderr.getvalue() == ""
+
+
+def test_progress_prints_one_line_an_interval(monkeypatch, capsys):
+    monkeypatch.setenv("KELIB_PROGRESS", "lines")
+    with Progress("stage", 100, interval=1000) as bar:
+        for done in range(1, 101):
+            bar.show(done)
+    assert capsys.readouterr().out == "stage: 100.0 of 100, 0 s, 0 s left\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_in_a_terminal_is_a_bar(monkeypatch, capsys):
+    monkeypatch.delenv("KELIB_PROGRESS", raising=False)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress("stage", 4) as bar:
+        bar.show(2.5)
+    shown = sys.stderr.getvalue()
+    assert "stage" in shown and "2.5/4" in shown
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("KELIB_PROGRESS", "lines")
+    assert Progress("stage", 4).bar is None
