@@ -65,6 +65,7 @@ format: | $(READY) ## rewrite the code in the project's format
 
 search: | $(READY) ## the search that chose the small model's regime (hours; resumable)
 	@$(RUN) notebooks/stages/0_search.ipynb figures/search/0_search.ipynb -p scratch=false
+	@$(RUN) notebooks/ours_search.ipynb figures/search/ours_search.ipynb -p source=measurements
 
 reference: figures ## promote a finished profile to data/reference and figures/reference
 	@$(PY) -m kelib reference $(PROFILE)

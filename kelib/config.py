@@ -333,7 +333,7 @@ def profile_from(values: Any, overrides: Mapping[str, Any] | None = None) -> Pro
     nested = copy.deepcopy(dict(values))  # the caller's mapping is never changed
     for dotted, value in (overrides or {}).items():
         *parents, last = dotted.split(".")
-        place = nested
+        place: Any = nested
         for parent in parents:
             place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict):

@@ -89,8 +89,9 @@ class Injector:
         if wrong:
             key, times = next(iter(wrong.items()))
             raise KelibError(
-                f"{len(wrong)} of {len(self.exposures)} entries were not shown as scheduled, such as "
-                f"{key[0]} {key[1]}: {times} times for {due.get(key, 0)}; train from step 0 to the end"
+                f"{len(wrong)} of {len(self.exposures)} entries were not shown as scheduled, such "
+                f"as {key[0]} {key[1]}: {times} times for {due.get(key, 0)}; train from step 0 to "
+                "the end"
             )
 
 

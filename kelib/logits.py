@@ -11,8 +11,7 @@ from kelib.attention import softmax_entropy_
 from kelib.errors import KelibError
 
 # Logits held at once. Fewer would read the vocabulary projection from memory too often.
-CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
-LOWEST = -1e30  # a logit of minus infinity is a word that cannot come: weight 0, but 0 * inf is not a number
+CPU_LOGITS, GPU_LOGITS = 2**22, 2**26
 
 
 def require_head(model: Any) -> None:
@@ -41,7 +40,7 @@ def next_token_entropies(
         rows = slice(start, start + step)
         logits = _logits(model, trunk, output_type, hidden[rows])
         kind = torch.promote_types(logits.dtype, torch.float32)
-        yield rows, softmax_entropy_(logits.to(kind).clamp(min=LOWEST))[0]
+        yield rows, softmax_entropy_(logits.to(kind))[0]
 
 
 def _logits(model: Any, trunk: Any, output_type: type, hidden: torch.Tensor) -> torch.Tensor:

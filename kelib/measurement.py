@@ -76,7 +76,9 @@ class Sums:
         """Name and array of each, for a file."""
         tensors = {f"{prefix}layer.{i}": a for i, a in enumerate(self.coefficients)}
         tensors |= {f"{prefix}attention.{i}": a for i, a in enumerate(self.attention)}
-        return tensors | ({} if self.next_token is None else {f"{prefix}next_token": self.next_token})
+        return tensors | (
+            {} if self.next_token is None else {f"{prefix}next_token": self.next_token}
+        )
 
 
 @dataclass(frozen=True)
@@ -178,14 +180,19 @@ class EntropyMeasurement:
             raise KelibError("no blocks to estimate an error from: measure with uncertainty=True")
         filled = np.flatnonzero(blocks.sequences)
         if len(filled) < 2:
-            raise KelibError(f"{self.sequences} sequence gives no standard error; measure two or more")
+            raise KelibError(
+                f"{self.sequences} sequence gives no standard error; measure two or more"
+            )
         whole = blocks.map(lambda a: a.sum(axis=0))
         estimate = np.asarray(statistic(whole))
         without = [
             statistic(
                 Sums(
                     whole.sequences - blocks.sequences[b],
-                    tuple(t - a[b] for t, a in zip(whole.coefficients, blocks.coefficients, strict=True)),
+                    tuple(
+                        t - a[b]
+                        for t, a in zip(whole.coefficients, blocks.coefficients, strict=True)
+                    ),
                     tuple(t - a[b] for t, a in zip(whole.attention, blocks.attention, strict=True)),
                     None
                     if blocks.next_token is None or whole.next_token is None
@@ -227,7 +234,9 @@ class EntropyMeasurement:
             next_token_sum=None if total.next_token is None else float(total.next_token),
             sequences=self.sequences + other.sequences,
             tokens=self.tokens + other.tokens,
-            blocks=None if self.blocks is None or other.blocks is None else _add(self.blocks, other.blocks),
+            blocks=None
+            if self.blocks is None or other.blocks is None
+            else _add(self.blocks, other.blocks),
         )
 
     def _totals(self) -> Sums:
@@ -247,7 +256,9 @@ class EntropyMeasurement:
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary, notes)
+            save_file(
+                {name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary, notes
+            )
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             raise KelibError(f"cannot write {path}: {error}") from error
@@ -269,7 +280,7 @@ class EntropyMeasurement:
                 **counts,
                 **definition,
                 attention_sums=_numbered(tensors, "attention."),
-                next_token_sum=None if last is None else float(last),
+                next_token_sum=None if last is None else last.item(),
                 blocks=Sums(
                     tensors["blocks.sequences"],
                     _numbered(tensors, "blocks.layer."),
@@ -298,13 +309,20 @@ def _add(one: Sums, other: Sums) -> Sums:
 
 def _asked(value: Any, name: str) -> Any:
     if value is None or (isinstance(value, tuple) and not value):
-        raise KelibError(f"{name} entropy was not measured: ask for it with measure_entropy(..., {name}=True)")
+        raise KelibError(
+            f"{name} entropy was not measured: ask for it with measure_entropy(..., {name}=True)"
+        )
     return value
 
 
 def _entropies(sums: tuple[np.ndarray, ...]) -> np.ndarray:
-    # layers may differ in width, so one by one
-    return np.array([float(shannon_entropy(total)) for total in sums])
+    found = []
+    for layer, total in enumerate(sums):  # layers may differ in width
+        try:
+            found.append(float(shannon_entropy(total)))
+        except KelibError as error:
+            raise KelibError(f"layer {layer}: {error}") from error
+    return np.array(found)
 
 
 def _table(rows: tuple[np.ndarray, ...]) -> np.ndarray:

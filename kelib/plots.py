@@ -42,7 +42,9 @@ def use_style() -> None:
     )
 
 
-def panels(columns: int, rows: int = 1, width: float = 3.4, height: float = 2.7) -> tuple[Figure, Any]:
+def panels(
+    columns: int, rows: int = 1, width: float = 3.4, height: float = 2.7
+) -> tuple[Figure, Any]:
     """A figure with ``rows x columns`` axes (always an array) in the shared style."""
     from matplotlib import pyplot as plt
 
@@ -95,13 +97,28 @@ def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, i
         ax.plot(part["step"], part["entropy_nats"], "-o", color=colour, ms=3, lw=1.2, label=label)
     first = totals[totals["seed"] == totals["seed"].iloc[0]].set_index("step")["entropy_nats"]
     ax.axhline(totals["bound_nats"].iloc[0], color="0.5", lw=0.8, ls=":")
-    ax.annotate("bound: layers × ln m", (1, totals["bound_nats"].iloc[0]), fontsize=7, color="0.4",
-                xytext=(0, 3), textcoords="offset points")
+    ax.annotate(
+        "bound: layers x ln m",
+        (1, totals["bound_nats"].iloc[0]),
+        fontsize=7,
+        color="0.4",
+        xytext=(0, 3),
+        textcoords="offset points",
+    )
     ax.axvline(peak, color="0.5", lw=0.8, ls="--")
-    ax.annotate(f"peak, step {peak}", (peak, first.min()), fontsize=7, color="0.3", rotation=90,
-                xytext=(-9, 2), textcoords="offset points")
+    ax.annotate(
+        f"peak, step {peak}",
+        (peak, first.min()),
+        fontsize=7,
+        color="0.3",
+        rotation=90,
+        xytext=(-9, 2),
+        textcoords="offset points",
+    )
     for step in stages.values():
         ax.plot(step, first[step], "D", mfc="none", mec="black", ms=8)
+    if totals["seed"].nunique() > 1:
+        ax.legend(fontsize=7)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xlabel("pretraining step (symlog)")
     ax.set_ylabel("knowledge entropy (nats)")
@@ -116,8 +133,15 @@ def layer_changes(entropy: pd.DataFrame, ax: Axes, peak: int, tokens_per_step: i
     table = entropy.pivot(index="step", columns="layer", values="entropy_nats")
     late = table.loc[peak:] - table.loc[peak]
     for index, layer in enumerate(late.columns):
-        ax.plot(late.index, late[layer], marker=MARKERS[index % 7], color=COLOURS[index % 6], lw=1,
-                ms=3.5, label=f"layer {layer + 1}")
+        ax.plot(
+            late.index,
+            late[layer],
+            marker=MARKERS[index % 7],
+            color=COLOURS[index % 6],
+            lw=1,
+            ms=3.5,
+            label=f"layer {layer + 1}",
+        )
     ax.plot(late.index, late.sum(axis=1), "-", color="black", lw=2, label="sum")
     ax.axhline(0, color="0.5", lw=0.8)
     ax.set_xlabel("pretraining step")
@@ -160,7 +184,9 @@ def by_arm(
     for index, (rate, part) in enumerate(summary.groupby("learning_rate", sort=False)):
         part = part.set_index("arm").reindex(arms)
         part = part.assign(**{c: part[c] * scale for c in ("mean", "low", "high")})
-        _series(ax, np.arange(len(arms)) + 0.08 * (index - 0.5), part, index, f"CL rate {rate:g}", ls="")
+        _series(
+            ax, np.arange(len(arms)) + 0.08 * (index - 0.5), part, index, f"CL rate {rate:g}", ls=""
+        )
         ax.axhline(part["mean"].iloc[0], color=COLOURS[index], lw=0.8, ls="--")
     ax.set_xticks(range(len(arms)), arms)
     ax.set_ylabel(ylabel)
@@ -180,8 +206,15 @@ def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
         colour = VERDICT_COLOURS.get(str(row.verdict), "0.35")
         ax.plot(ends, [y, y], color=colour, lw=1.5)
         ax.plot(row.mean * unit, y, "o", color=colour)  # type: ignore[operator]
-        ax.annotate(str(row.verdict), (1.01, y), xycoords=("axes fraction", "data"), va="center",
-                    fontsize=7, color=colour, annotation_clip=False)
+        ax.annotate(
+            str(row.verdict),
+            (1.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=7,
+            color=colour,
+            annotation_clip=False,
+        )
     ax.axvspan(-1, 1, color="0.93", zorder=0)
     ax.axvline(0, color="0.5", lw=0.8)
     ax.set_xscale("symlog", linthresh=1)
@@ -191,19 +224,34 @@ def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def regimes(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
-    """Knowledge entropy minus its bound (nats) against the step for every pretraining regime tried.
-
-    ``table`` has columns regime, seed, step, gap_nats. The chosen regime is drawn thick.
-    """
+def _regime_lines(table: pd.DataFrame, ax: Axes, chosen: str, value: str, ylabel: str) -> Axes:
     for index, (regime, part) in enumerate(table.groupby("regime", sort=False)):
-        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "ms": 3}
+        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "ms": 3, "alpha": 0.9}
+        width = 2.2 if regime == chosen else 0.9
         for number, (_, line) in enumerate(part.groupby("seed")):
-            ax.plot(line["step"], line["gap_nats"], lw=2.2 if regime == chosen else 0.9, alpha=0.9,
-                    label=str(regime) if number == 0 else None, **style)
-    ax.set_xlabel("pretraining step")
-    ax.set_ylabel("knowledge entropy minus bound (nats)")
+            label = str(regime) if number == 0 else None
+            ax.plot(100 * line["share"], line[value], lw=width, label=label, **style)
+    ax.set_xlabel("share of pretraining (%)")
+    ax.set_ylabel(ylabel)
     return ax
+
+
+def regimes(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
+    """Knowledge entropy minus its bound (nats) along pretraining, for every regime tried.
+
+    ``table`` has columns regime, seed, share (of pretraining, 0 to 1), gap_nats. The chosen regime is thick.
+    """
+    return _regime_lines(table, ax, chosen, "gap_nats", "knowledge entropy minus bound (nats)")
+
+
+def regimes_accuracy(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
+    """Accuracy on the generated tasks along pretraining, for every regime; dotted: chance.
+
+    ``table`` has columns regime, seed, share, p (0 to 1).
+    """
+    percent = table.assign(percent=100 * table["p"])
+    ax.axhline(25, color="0.5", ls=":", lw=0.8)
+    return _regime_lines(percent, ax, chosen, "percent", "accuracy P (%)")
 
 
 def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:

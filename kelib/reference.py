@@ -5,47 +5,56 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from kelib.config import load_profile, repository_root
+from kelib.config import repository_root
 from kelib.errors import KelibError, listing
-from kelib.results import promote_files
+from kelib.results import Tables, open_tables, promote_files
+from kelib.study import peak_step
 from kelib.tables import read_provenance, read_table, write_atomically
 
+README_PROFILE = "small"
+SEARCH = "search"
+SEARCH_TABLES = ("entropy", "checkpoints", "continual")
 TABLES = ("pretraining", "entropy", "checkpoints", "continual", "interventions")
 START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
 
 
-def promote(profile: str) -> None:
-    """Copy measurements to ``data/reference/<profile>`` and figures to ``figures/reference/<profile>``.
+def promote(name: str) -> None:
+    """Copy measurements to ``data/reference/<name>`` and figures to ``figures/reference/<name>``.
 
-    Measurements are tables, their provenance and mean-coefficient vectors: no weights, no text. Then
-    the figure notebooks are executed in place, so that their committed outputs come from these very numbers, and the
-    generated parts of the README are written anew. Raises KelibError if a table or figure is missing, or
-    was made with other parameters than the profile has now.
+    ``name`` is a profile or ``search``. Measurements are tables, their provenance and mean-coefficient
+    vectors: no weights, no text. Then the figure notebooks are executed in place, so that their
+    committed outputs come from these very numbers, and the generated parts of the README are written
+    anew. Raises KelibError if a table or figure is missing or was changed after it was written.
     """
-    root, current = repository_root(), load_profile(profile)
-    measured = root / "data" / "measurements" / profile
-    for name in TABLES:
-        read_table(measured / f"{name}.csv")  # complete and as written
-        made_with = read_provenance(measured / f"{name}.csv")["parameters"]
-        if made_with["profile"] != current.profile:
-            raise KelibError(f"{name}.csv was made by profile {made_with['profile']}, not {profile}")
-    drawn = root / "figures" / profile
-    figures = sorted(p for p in drawn.glob("*.json") if not p.name.startswith("."))
+    root = repository_root()
+    measured, drawn = root / "data" / "measurements" / name, root / "figures" / name
+    tables = SEARCH_TABLES if name == SEARCH else TABLES
+    for table in tables:
+        read_table(measured / f"{table}.csv")  # complete and as written
+        made_with = read_provenance(measured / f"{table}.csv")["parameters"]["profile"]
+        if made_with != name:
+            raise KelibError(
+                f"{table}.csv was made by profile {made_with}, not {name}; run it again"
+            )
+    figures = sorted(path for path in drawn.glob("*.json") if not path.name.startswith("."))
     if not figures:
-        raise KelibError(f"no figures in {drawn}: run make figures PROFILE={profile}")
+        raise KelibError(f"no figures in {drawn}: run make figures PROFILE={name}")
     promote_files(
-        [*(measured / f"{n}{s}" for n in TABLES for s in (".csv", ".json")),
-         *sorted(measured.glob("coefficients-*.safetensors"))],
-        root / "data" / "reference" / profile,
+        [
+            *(measured / f"{table}{suffix}" for table in tables for suffix in (".csv", ".json")),
+            *sorted(measured.glob("coefficients-*.safetensors")),
+        ],
+        root / "data" / "reference" / name,
     )
-    wanted = [p for j in figures for p in drawn.glob(f"{j.stem}.*") if p.suffix != ".ipynb"]
-    promote_files(sorted(wanted), root / "figures" / "reference" / profile)
+    wanted = [p for made in figures for p in drawn.glob(f"{made.stem}.*") if p.suffix != ".ipynb"]
+    promote_files(sorted(wanted), root / "figures" / "reference" / name)
     for notebook in sorted((root / "notebooks").glob("*.ipynb")):
         execute_in_place(notebook)
-    refresh_readme(root / "README.md", root / "figures" / "reference" / profile / "tab00_claims.csv")
-    print(f"promoted {profile}: {len(TABLES)} tables, {len(figures)} figures; commit data/ and figures/")
+    refresh_readme(root / "README.md", root)
+    print(f"promoted {name}: {len(tables)} tables, {len(figures)} figures; commit data and figures")
 
 
 def execute_in_place(notebook: Path) -> None:
@@ -88,7 +97,61 @@ def replace_generated(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{start}\n{content}\n{end}", text)
 
 
-def refresh_readme(readme: Path, claims: Path) -> None:
-    """Write the claims table into the README."""
-    content = claims_markdown(pd.read_csv(claims))
-    write_atomically(readme, replace_generated(readme.read_text("utf-8"), "claims", content))
+def figures_markdown(tables: Tables) -> str:
+    """Figure -> notebook -> target -> our number beside the paper's, from the reference tables."""
+    entropy, runs = tables.table("entropy"), tables.table("continual")
+    rows, profile = tables.table("interventions"), tables.profile
+    total = entropy.groupby(["seed", "step"])["entropy_nats"].sum()
+    change = [total[s].iloc[-1] - total[s][peak_step(entropy, s)] for s in profile.seeds]
+    rate = profile.continual.learning_rates[0]
+    runs = runs[runs["injected"] & (runs["learning_rate"] == rate)]
+    ends = runs.groupby("stage_step")[["acquisition", "forgetting"]].mean() * 100
+    arms = rows[rows["learning_rate"] == rate].assign(q=rows["factor"].fillna(0))
+    after = arms.groupby("q")[["k_cl", "p_cl"]].mean()
+    gain = after.loc[1.0] - after.loc[0.0]
+    first, last = ends.iloc[0], ends.iloc[-1]
+    stages = (("pretraining", "entropy"), ("continual",), ("interventions",))
+    minutes = []
+    for names in stages:
+        notes = [read_provenance(tables.folder / f"{name}.csv") for name in names]
+        seconds = sum(note["run_seconds"] for note in notes)
+        minutes.append(f"{seconds / 60 / profile.workers:.0f}")
+    acquired = f"A {first['acquisition']:.1f} → {last['acquisition']:.1f} %"
+    forgot = f"F {first['forgetting']:.1f} → {last['forgetting']:.1f} %"
+    woken = f"K {gain['k_cl']:+.3f} nats, P {100 * gain['p_cl']:+.1f} points"
+    at = f"CL rate {rate:g}: "
+    lines = [
+        (
+            "2",
+            "fig02_knowledge_entropy",
+            f"{np.mean(change):+.2f} nats after the peak",
+            "about -0.5 nats",
+        ),
+        ("4", "fig04_stages", f"{at}{acquired}, {forgot}", "A 25.2 → 18.8 %, F 10.5 → 19.5 %"),
+        (
+            "5",
+            "fig05_resuscitation",
+            f"{at}q = 1 minus original, {woken}",
+            "both up, P at most 0.5 points",
+        ),
+        ("claims", "tab00_claims", "the table above", "no intervals reported"),
+    ]
+    text = [
+        "| figure | notebook | target | minutes | ours (`small`) | the paper (OLMo-1B) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (figure, name, ours, paper), spent in zip(lines, [*minutes, "0"], strict=True):
+        target = f"`figures/{profile.profile}/{name}.json`"
+        text.append(
+            f"| {figure} | [{name}](notebooks/{name}.ipynb) | {target} | {spent} | {ours} | {paper} |"
+        )
+    return "\n".join(text)
+
+
+def refresh_readme(readme: Path, root: Path) -> None:
+    """Write the generated parts of the README from the committed reference of profile ``small``."""
+    text = readme.read_text("utf-8")
+    claims = pd.read_csv(root / "figures" / "reference" / README_PROFILE / "tab00_claims.csv")
+    text = replace_generated(text, "claims", claims_markdown(claims))
+    text = replace_generated(text, "figures", figures_markdown(open_tables(README_PROFILE)))
+    write_atomically(readme, text)

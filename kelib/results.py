@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -20,10 +21,12 @@ SOURCES = {"reference": Path("data/reference"), "measurements": Path("data/measu
 
 
 @dataclass(frozen=True)
-class Results:
-    """Tables of one profile. ``profile`` is what they were made with, read from their provenance."""
+class Tables:
+    """Measurement tables in one folder, with the seeds and parameters that made them."""
 
-    profile: Profile
+    name: str
+    seeds: tuple[int, ...]
+    parameters: dict[str, Any]
     folder: Path
     output: Path
 
@@ -38,36 +41,41 @@ class Results:
     @property
     def label(self) -> str:
         """Profile and seeds, as figures show them."""
-        seeds = ", ".join(map(str, self.profile.seeds))
-        return f"profile {self.profile.profile} · pretraining seed {seeds}"
+        seeds = ", ".join(map(str, self.seeds))
+        return f"profile {self.name} · pretraining seed {seeds}"
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """What the tables were made with, read from their provenance."""
+        return profile_from(self.parameters)
 
 
-def open_results(profile: str, source: str = "reference") -> Results:
+def open_tables(name: str, source: str = "reference") -> Tables:
     """Open the committed reference of a profile, or with ``source="measurements"`` what ``make`` just computed.
 
-    Figures drawn from fresh measurements go to ``figures/<profile>``; figures drawn from the
+    Figures drawn from fresh measurements go to ``figures/<name>``; figures drawn from the
     reference go to a temporary folder, for ``make reference`` alone writes the committed ones.
     """
     if source not in SOURCES:
         raise KelibError(f"source = {source!r} must be one of {listing(SOURCES)}")
     root = repository_root()
-    folder = root / SOURCES[source] / profile
+    folder = root / SOURCES[source] / name
     if not (folder / "entropy.csv").exists():
-        parent = root / SOURCES[source]
-        there = [p.parent.name for p in parent.glob("*/entropy.csv")]
+        there = [p.parent.name for p in (root / SOURCES[source]).glob("*/entropy.csv")]
         raise KelibError(
-            f"no measurements of profile {profile!r} in {SOURCES[source]}; it has {listing(there)}; run "
-            f"make figures PROFILE={profile}"
+            f"no measurements of profile {name!r} in {SOURCES[source]}; it has {listing(there)}; "
+            f"run make figures PROFILE={name}"
         )
-    made_with = read_provenance(folder / "entropy.csv")["parameters"]
-    output = root / "figures" / profile
+    note = read_provenance(folder / "entropy.csv")
     if source == "reference":
         output = Path(tempfile.mkdtemp(prefix="kelib-figures-"))
-    return Results(profile_from(made_with), folder, output)
+    else:
+        output = root / "figures" / name
+    return Tables(name, tuple(note["seeds"]), note["parameters"], folder, output)
 
 
 def save_figure(
-    figure: Any, name: str, plotted: pd.DataFrame, results: Results, inputs: list[str]
+    figure: Any, name: str, plotted: pd.DataFrame, results: Tables, inputs: list[str]
 ) -> dict[str, Any]:
     """Write ``name``.pdf, .png, .csv (the plotted numbers) and .json (provenance) into ``results.output``.
 
@@ -75,8 +83,7 @@ def save_figure(
     stamped into the corner of the figure. Returns the provenance.
     """
     results.output.mkdir(parents=True, exist_ok=True)
-    parameters = json.loads(json.dumps(read_provenance(results.folder / "entropy.csv")["parameters"]))
-    note = provenance(parameters, list(results.profile.seeds), results.inputs(inputs))
+    note = provenance(results.parameters, list(results.seeds), results.inputs(inputs))
     stamp = f"{results.label} · {note['digest']}"
     figure.text(0.995, 0.003, stamp, ha="right", va="bottom", fontsize=6, color="0.35")
     for suffix in ("pdf", "png"):
@@ -94,10 +101,11 @@ def save_figure(
     return note
 
 
-def save_table(name: str, table: pd.DataFrame, results: Results, inputs: list[str], **extra: Any) -> None:
+def save_table(
+    name: str, table: pd.DataFrame, results: Tables, inputs: list[str], **extra: Any
+) -> None:
     """Write a table of the paper: ``name``.csv and .json (provenance) into ``results.output``."""
-    parameters = read_provenance(results.folder / "entropy.csv")["parameters"]
-    note = provenance(parameters, list(results.profile.seeds), results.inputs(inputs))
+    note = provenance(results.parameters, list(results.seeds), results.inputs(inputs))
     text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomically(results.output / f"{name}.csv", text)
     text = json.dumps({**note, **extra, "table": name}, indent=1, sort_keys=True)

@@ -37,7 +37,8 @@ from kelib.errors import KelibError, listing
 # Modules of each kind of run whose code its numbers rest on (beside those of its inputs), or one
 # function of a module that also holds what no run rests on.
 _MEASURING = (
-    *("architectures", "watching", "ffn", "entropy", "scoring", "evaluation"),
+    *("architectures", "watching", "ffn", "scoring", "evaluation"),
+    *("entropy", "accumulation", "attention", "batches", "logits", "measurement", "processes"),
     *("metrics:knowledge_score", "metrics:knowledge_by"),
     *("metrics:_per_entry", "metrics:_over_sets"),
 )

@@ -1,4 +1,4 @@
-"""Log-probability of a continuation given its context: probes and multiple-choice questions go one way."""
+"""Log-probability of a continuation given its context, for probes and multiple choice alike."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from kelib.errors import KelibError
 
 @dataclass(frozen=True)
 class Score:
-    """``log_probability``: sum over the continuation's tokens (nats, at most 0); ``is_greedy``: every token
-    of it is the most probable one; ``tokens``: its length; ``truncated``: context tokens cut off on the left."""
+    """How probable a continuation is.
+
+    ``log_probability``: sum over its tokens (nats, at most 0); ``is_greedy``: every token of it is
+    the most probable one; ``tokens``: its length; ``truncated``: context tokens cut on the left.
+    """
 
     log_probability: float
     is_greedy: bool
@@ -27,8 +30,8 @@ class Score:
 def encode_request(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
     """(token ids of both, how many of them are the continuation).
 
-    A trailing space of the context moves to the continuation, then both are encoded together and split
-    at the length of the encoded context, so that a word is never cut where the tokenizer would not.
+    A trailing space of the context moves to the continuation, then both are encoded together and
+    split at the length of the encoded context: no word is cut where the tokenizer would not.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -43,12 +46,14 @@ def score_continuations(
 ) -> list[Score]:
     """Score ``(context, continuation)`` pairs; results in the order of the requests.
 
-    Batched longest first and padded on the right, where causal attention never looks, so that the result
-    does not depend on the batch size. The vocabulary projection is computed for continuation rows only,
-    inside the model's own forward pass, so that a scale or cap of its logits applies. An empty context is
-    replaced by the end-of-text token. Contexts that do not fit the window are cut on the left.
+    Batched longest first and padded on the right, where causal attention never looks, so that the
+    result does not depend on the batch size. The vocabulary projection is computed for continuation
+    rows only, inside the model's own forward pass, so that a scale or cap of its logits applies. An
+    empty context is replaced by the end-of-text token. Contexts that do not fit the window are cut
+    on the left.
 
-    Raises KelibError for a continuation that encodes to nothing or exceeds the window, naming the request.
+    Raises KelibError, naming the request, for a continuation that encodes to nothing or exceeds the
+    window, and for an empty context if the tokenizer has no end-of-text token.
     """
     window = int(getattr(model.config, "max_position_embeddings", 2048))
     encoded = []
@@ -88,10 +93,12 @@ def score_continuations(
 
 
 def _score_batch(model: Any, encoded: list[tuple[list[int], int, int]]) -> list[Score]:
-    """Scores of (token ids, how many of them are the target, how many were cut), the longest first."""
+    """Scores of (token ids, how many of them are the target, how many were cut), longest first."""
     device = next(model.parameters()).device
     inputs = np.zeros((len(encoded), len(encoded[0][0]) - 1), dtype=np.int64)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for row, (ids, target, _) in enumerate(encoded):
         inputs[row, : len(ids) - 1] = ids[:-1]
         rows += [row] * target
@@ -114,7 +121,7 @@ def _score_batch(model: Any, encoded: list[tuple[list[int], int, int]]) -> list[
 
 @contextmanager
 def _head_only_at(model: Any, rows: list[int], columns: list[int]) -> Iterator[None]:
-    """While the scope lasts, the vocabulary projection gets ``hidden[rows, columns]`` and nothing else."""
+    """While the scope lasts, the vocabulary projection gets ``hidden[rows, columns]`` alone."""
 
     def select(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (inputs[0][rows, columns],)

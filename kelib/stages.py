@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from kelib.config import load_profile, repository_root
+from kelib.runs import Run
 from kelib.study import (
     Study,
     checkpoint_tables,
@@ -42,11 +43,16 @@ def open_study(
     return Study(chosen, data)
 
 
-def _write(study: Study, name: str, table: pd.DataFrame, inputs: list[str]) -> pd.DataFrame:
+def _write(
+    study: Study, name: str, table: pd.DataFrame, inputs: list[str], runs: list[Run]
+) -> pd.DataFrame:
     path = study.measurements / f"{name}.csv"
     read = {n: read_provenance(study.measurements / f"{n}.csv")["sha256"] for n in inputs}
     parameters = dataclasses.asdict(dataclasses.replace(study.profile, workers=1))
-    write_table(table, path, provenance(parameters, list(study.profile.seeds), read))
+    note = provenance(parameters, list(study.profile.seeds), read)
+    # what the runs behind the table took, summed over processes: not part of any digest
+    note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in runs), 1)
+    write_table(table, path, note)
     return read_table(path)
 
 
@@ -57,37 +63,41 @@ def table(study: Study, name: str) -> pd.DataFrame:
 
 def pretrain(study: Study) -> pd.DataFrame:
     """Stage 1: corpora and checkpoints; the table is the training loss by seed and step."""
-    study.run([study.pretrain_run(seed) for seed in study.profile.seeds], "pretrain")
-    return _write(study, "pretraining", pretraining_table(study), [])
+    runs = [study.pretrain_run(seed) for seed in study.profile.seeds]
+    study.run(runs, "pretrain")
+    return _write(study, "pretraining", pretraining_table(study), [], runs)
 
 
 def measure(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Stage 2: (entropy by seed, step, layer; probes, tasks and losses by seed and step)."""
-    study.run(study.measure_runs(), "measure")
+    runs = study.measure_runs()
+    study.run(runs, "measure")
     entropy, checkpoints = checkpoint_tables(study)
     save_coefficients(study)
-    written = _write(study, "entropy", entropy, ["pretraining"])
-    return written, _write(study, "checkpoints", checkpoints, ["pretraining"])
+    written = _write(study, "entropy", entropy, ["pretraining"], runs)
+    return written, _write(study, "checkpoints", checkpoints, ["pretraining"], runs)
 
 
 def continual(study: Study) -> pd.DataFrame:
     """Stage 3: continual learning from every stage, rate and seed, with and without injection."""
-    runs = study.continual_runs(table(study, "entropy"))
+    entropy = table(study, "entropy")
+    runs = study.continual_runs(entropy)
     study.run(runs, "continual learning")
-    rows = continual_table(study, runs, table(study, "checkpoints"))
-    return _write(study, "continual", rows, ["entropy", "checkpoints"])
+    rows = continual_table(study, runs, table(study, "checkpoints"), entropy)
+    return _write(study, "continual", rows, ["entropy", "checkpoints"], runs)
 
 
 def intervene(study: Study) -> pd.DataFrame:
     """Stage 4: resuscitation of the last stage, then continual learning. Originals stand in the same table."""
     runs = study.intervention_runs()
     study.run(runs, "resuscitation")
-    resuscitated = continual_table(study, runs, table(study, "checkpoints"))
+    entropy, checkpoints = table(study, "entropy"), table(study, "checkpoints")
+    resuscitated = continual_table(study, runs, checkpoints, entropy)
     originals = table(study, "continual")
     last = originals["stage_step"] == study.profile.pretraining.steps
     rates = originals["learning_rate"].isin(study.profile.interventions.learning_rates)
     rows = pd.concat([originals[last & rates & originals["injected"]], resuscitated])
-    return _write(study, "interventions", rows, ["entropy", "checkpoints", "continual"])
+    return _write(study, "interventions", rows, ["entropy", "checkpoints", "continual"], runs)
 
 
 def until(study: Study, stage: int) -> None:

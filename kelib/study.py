@@ -17,7 +17,7 @@ from kelib.config import Profile, digest
 from kelib.errors import KelibError
 from kelib.metrics import acquisition, forgetting, forgetting_over_chance
 from kelib.runs import Run, execute
-from kelib.tables import read_table, stack_coefficients
+from kelib.tables import stack_coefficients
 
 CHANCE = 0.25
 AFTER_PEAK = "after peak"
@@ -208,16 +208,17 @@ def save_coefficients(study: Study) -> None:
         stack_coefficients(files, study.measurements / f"coefficients-seed{seed}.safetensors")
 
 
-def continual_table(study: Study, runs: Iterable[Run], checkpoints: pd.DataFrame) -> pd.DataFrame:
+def continual_table(
+    study: Study, runs: Iterable[Run], checkpoints: pd.DataFrame, entropy: pd.DataFrame
+) -> pd.DataFrame:
     """One row per continual-learning run: before (``_pt``), after (``_cl``), A, F, entropy, settings.
 
     ``_pt`` is the checkpoint as pretrained; after an intervention ``_modified`` is the changed model before
     continual learning, and ``acquisition_modified`` / ``forgetting_modified`` take it as the baseline.
     """
     before = checkpoints.set_index(["seed", "step"])
-    entropies = read_table(study.measurements / "entropy.csv")
-    labels = {seed: study.stages(entropies, seed) for seed in study.profile.seeds}
-    totals = entropies.groupby(["seed", "step"])["entropy_nats"].sum()
+    labels = {seed: study.stages(entropy, seed) for seed in study.profile.seeds}
+    totals = entropy.groupby(["seed", "step"])["entropy_nats"].sum()
     rows = []
     for run in runs:
         s, result = run.settings, run.read()
@@ -254,8 +255,10 @@ def continual_table(study: Study, runs: Iterable[Run], checkpoints: pd.DataFrame
     # NaN where a model knows no more than chance, so that there is nothing to forget
     table["forgetting_over_chance"] = forgetting_over_chance(table["p_pt"], table["p_cl"], CHANCE)
     if "k_modified" in table:
-        table["acquisition_modified"] = acquisition(table["k_modified"], table["k_cl"])
-        table["forgetting_modified"] = forgetting(table["p_modified"], table["p_cl"])
+        changed = table["k_modified"].notna()  # runs without intervention may stand in between
+        t = table[changed]
+        table.loc[changed, "acquisition_modified"] = acquisition(t["k_modified"], t["k_cl"])
+        table.loc[changed, "forgetting_modified"] = forgetting(t["p_modified"], t["p_cl"])
     return table
 
 

@@ -143,18 +143,20 @@ class Trainer:
             with safe_open(path, framework="pt", device=device) as state:
                 notes = state.metadata()
                 step, losses = int(notes["step"]), json.loads(notes["losses"])
+                stored = set(state.keys())
                 for name, parameter in model.named_parameters():
                     parameter.data.copy_(state.get_tensor(f"model.{name}"))
-                    self.optimizer.state[parameter] = {
-                        key: state.get_tensor(f"{key}.{name}")
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
+                    if f"step.{name}" in stored:  # not before the first step, not if it is frozen
+                        self.optimizer.state[parameter] = {
+                            key: state.get_tensor(f"{key}.{name}")
+                            for key in ("step", "exp_avg", "exp_avg_sq")
+                        }
         except (
             SafetensorError,
             OSError,
             RuntimeError,
-            LookupError,
             TypeError,
+            LookupError,
             ValueError,
         ) as error:
             raise KelibError(f"{path} is not a state of this run ({error}); delete it") from error

@@ -212,7 +212,7 @@ def test_an_empty_continuation_is_refused(model_of, tokenizer):
     said = "request 1: the continuation '' encodes to no token of its own after 'The home'; give it"
     with pytest.raises(KelibError, match=said):
         score_continuations(model_of("olmo"), tokenizer, [("a", " b"), ("The home", "")])
-    assert len(tokenizer("The")["input_ids"]) == len(tokenizer("Th")["input_ids"]) == 1
+    assert len(tokenizer("The")["input_ids"]) == 1
     said = "request 0: the continuation 'e' encodes to no token of its own after 'Th'; give it text"
     with pytest.raises(KelibError, match=said):  # one token for both: no place to cut
         score_continuations(model_of("olmo"), tokenizer, [("Th", "e")])

@@ -1,0 +1,439 @@
+"""The smoke profile from nothing to its tables, and the stages on planted entropy curves."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from kelib.config import load_profile
+from kelib.entropy import shannon_entropy
+from kelib.errors import KelibError
+from kelib.metrics import knowledge_score
+from kelib.runs import count_states, execute
+from kelib.study import (
+    AFTER_PEAK,
+    CHANCE,
+    Study,
+    checkpoint_tables,
+    clean,
+    continual_table,
+    peak_step,
+    pretraining_table,
+    save_coefficients,
+)
+
+SEEDS, STEPS, CHECKPOINTS, LAYERS = (100, 101), 40, (0, 2, 4, 8, 20, 40), 2
+SMALL = {
+    "workers": 1,
+    "pretraining.steps": STEPS,
+    "pretraining.checkpoints": [2, 4, 8, 20],
+    "continual.steps": 10,
+    "continual.seeds": [0],
+    "continual.learning_rates": [6.0e-3],
+    "interventions.factors": [1.0, 3.0],
+}
+IDENTITY = ["seed", "stage_step", "stage_label", "learning_rate", "cl_seed", "injected"]
+CHANGE = ["intervention", "ratio", "factor"]
+RESULTS = ["k", "p", "k_once", "k_paraphrase", "loss_general", "loss_domain", "entropy"]
+
+
+class Finished:
+    """A study that was run to its end, with its tables."""
+
+    def __init__(self, data):
+        self.study = Study(load_profile("smoke", SMALL), data)
+        self.study.run(self.study.measure_runs(), "measure")
+        self.entropy, self.checkpoints = checkpoint_tables(self.study)
+        self.continual = self.study.continual_runs(self.entropy)
+        self.interventions = self.study.intervention_runs()
+        self.study.run([*self.continual, *self.interventions], "continual learning")
+        self.table = self.rows([*self.continual, *self.interventions])
+
+    def rows(self, runs):
+        return continual_table(self.study, runs, self.checkpoints, self.entropy)
+
+    @property
+    def runs(self):
+        return [*self.study.measure_runs(), *self.continual, *self.interventions]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    return Finished(tmp_path_factory.mktemp("study"))
+
+
+# --- the whole pipeline ---------------------------------------------------------------------------
+
+
+def test_entropy_has_a_row_per_seed_checkpoint_and_layer(finished):
+    table = finished.entropy
+    assert list(table.columns) == ["seed", "step", "layer", "entropy_nats", "bound_nats"]
+    keys = [(s, c, layer) for s in SEEDS for c in CHECKPOINTS for layer in range(LAYERS)]
+    assert list(table[["seed", "step", "layer"]].itertuples(index=False, name=None)) == keys
+    assert (table["bound_nats"] == math.log(64)).all()
+    assert table["entropy_nats"].between(0, math.log(64)).all()
+    untrained = table[table["step"] == 0]["entropy_nats"]
+    assert (untrained > 0.95 * math.log(64)).all()  # near the bound by construction
+    assert table.groupby("seed")["entropy_nats"].sum().nunique() == len(SEEDS)
+
+
+def test_checkpoints_have_a_row_per_seed_and_step(finished):
+    table = finished.checkpoints
+    keys = list(table[["seed", "step"]].itertuples(index=False, name=None))
+    assert keys == [(seed, step) for seed in SEEDS for step in CHECKPOINTS]
+    assert set(RESULTS) - {"entropy"} <= set(table.columns)
+    assert np.isfinite(table.select_dtypes("number")).all(axis=None)
+    assert (table["tokens"] == table["step"] * 16 * 64).all()
+    assert (table["share"] == table["step"] / STEPS).all()
+    assert (table["tokens_per_parameter"] == table["tokens"] / table["parameters"]).all()
+    assert (table["bound_nats"] == 2 * math.log(64)).all()
+    assert (table["k"] < 0).all() and table["p"].between(0, 1).all()
+    losses = table.pivot(index="seed", columns="step", values="loss_general")
+    assert np.allclose(losses[0], math.log(512), atol=0.3)  # an untrained model knows nothing
+    assert (losses[40] < losses[0] - 1).all()  # and this one learned
+
+
+def test_k_of_a_checkpoint_is_that_of_its_probes(finished):
+    run = finished.study.measure_run(101, 40)
+    probes = pd.read_csv(run.folder / "probes.csv")
+    row = finished.checkpoints.query("seed == 101 and step == 40").iloc[0]
+    assert knowledge_score(probes) == pytest.approx(row["k"], abs=1e-5)
+    questions = pd.read_csv(run.folder / "questions.csv")
+    by_task = questions.groupby("task")["correct"].mean()
+    assert (len(by_task), by_task.mean()) == (6, pytest.approx(row["p"]))
+    assert len(probes) == 15 * 8 and len(questions) == 60
+
+
+def test_coefficient_files_give_the_entropies_of_the_table(finished):
+    save_coefficients(finished.study)
+    for seed in SEEDS:
+        stored = load_file(finished.study.measurements / f"coefficients-seed{seed}.safetensors")
+        names = [f"{step:07d}/{layer:02d}" for step in CHECKPOINTS for layer in range(LAYERS)]
+        assert sorted(stored) == names
+        rows = finished.entropy[finished.entropy["seed"] == seed]
+        found = [float(shannon_entropy(stored[name])) for name in names]
+        np.testing.assert_allclose(found, rows["entropy_nats"], rtol=1e-12)
+        assert all(vector.shape == (64,) and vector.min() > 0 for vector in stored.values())
+
+
+def test_the_loss_along_pretraining(finished):
+    table = pretraining_table(finished.study, every=15)
+    assert list(table.columns) == ["seed", "step", "loss"]
+    assert table[["seed", "step"]].to_numpy().tolist() == [[s, e] for s in SEEDS for e in (15, 30)]
+    losses = finished.study.pretrain_run(100).read("losses.json")
+    assert len(losses) == STEPS
+    assert table["loss"][1] == pytest.approx(np.mean(losses[15:30]))
+    assert pretraining_table(finished.study, every=1)["loss"][:STEPS].tolist() == losses
+
+
+def test_continual_learning_has_a_row_per_run(finished):
+    table, study = finished.table, finished.study
+    stages = {seed: study.stages(finished.entropy, seed) for seed in SEEDS}
+    originals = [
+        (seed, step, label, 6e-3, 0, injected)
+        for seed in SEEDS
+        for label, step in stages[seed].items()
+        for injected in (True, False)
+    ]
+    plain = table[table["intervention"] == "none"]
+    rows = list(plain[IDENTITY].itertuples(index=False, name=None))
+    assert sorted(rows) == sorted(originals) and len(rows) == len(finished.continual)
+    assert plain[["ratio", "factor"]].isna().all(axis=None)
+
+    woken = table[table["intervention"] == "resuscitate"]
+    changes = list(woken[["seed", "ratio", "factor"]].itertuples(index=False, name=None))
+    assert sorted(changes) == [(s, 0.5, q) for s in SEEDS for q in (1.0, 3.0)]
+    assert (woken["stage_step"] == STEPS).all() and woken["injected"].all()
+    assert len(table) == len(finished.continual) + len(finished.interventions)
+    assert table["stage_step"].isin(CHECKPOINTS).all()
+    assert (table["chance"] == CHANCE).all()
+
+
+def test_before_is_the_checkpoint_and_after_is_the_run(finished):
+    checkpoints = finished.checkpoints.set_index(["seed", "step"])
+    totals = finished.entropy.groupby(["seed", "step"])["entropy_nats"].sum()
+    by_key = {}
+    for run in (*finished.continual, *finished.interventions):
+        s = run.settings
+        factor = (s["intervention"] or {}).get("factor", 0.0)
+        by_key[s["seed"], s["step"], s["injected"], factor] = run.read()
+    for row in finished.table.to_dict("records"):
+        start = (row["seed"], row["stage_step"])
+        factor = 0.0 if math.isnan(row["factor"]) else row["factor"]
+        result = by_key[(*start, row["injected"], factor)]
+        for name in set(RESULTS) - {"entropy"}:
+            assert row[f"{name}_pt"] == checkpoints.loc[start, name]
+            assert row[f"{name}_cl"] == result["after"][name]
+        assert row["entropy_pt"] == totals[start]
+        assert row["entropy_cl"] == pytest.approx(sum(result["after"]["entropy_nats"]))
+        assert row["tokens_per_parameter"] == checkpoints.loc[start, "tokens_per_parameter"]
+
+
+def test_a_and_f_are_the_papers(finished):
+    t = finished.table
+    assert np.allclose(t["acquisition"], (t["k_cl"] - t["k_pt"]) / t["k_pt"].abs())
+    assert np.allclose(t["forgetting"], (t["p_pt"] - t["p_cl"]) / t["p_pt"])
+    above = t[t["p_pt"] > CHANCE]
+    excess = (above["p_pt"] - above["p_cl"]) / (above["p_pt"] - CHANCE)
+    assert np.allclose(above["forgetting_over_chance"], excess)
+    assert t.loc[t["p_pt"] <= CHANCE, "forgetting_over_chance"].isna().all()
+    woken = t[t["intervention"] == "resuscitate"]
+    k, p = woken["k_modified"], woken["p_modified"]
+    assert np.allclose(woken["acquisition_modified"], (woken["k_cl"] - k) / k.abs())
+    assert np.allclose(woken["forgetting_modified"], (p - woken["p_cl"]) / p)
+
+
+def test_the_modified_model_stands_where_there_was_an_intervention(finished):
+    t = finished.table
+    woken = t["intervention"] == "resuscitate"
+    columns = [f"{name}_modified" for name in (*RESULTS, "acquisition", "forgetting")]
+    assert t.loc[woken, columns].notna().all(axis=None)
+    assert t.loc[~woken, columns].isna().all(axis=None)
+    assert (t.loc[woken, "k_modified"] != t.loc[woken, "k_pt"]).all()
+    assert "k_modified" not in finished.rows(finished.continual)
+
+
+def test_injection_is_what_teaches_the_entries(finished):
+    plain = finished.table[finished.table["intervention"] == "none"]
+    keys = ["seed", "stage_step"]
+    k = plain.pivot(index=keys, columns="injected", values="k_cl")
+    assert (k[True] > k[False] + 0.1).all()
+    loss = plain.pivot(index=keys, columns="injected", values="loss_domain_cl")
+    assert (loss[True] != loss[False]).all()
+
+
+def test_the_order_of_runs_does_not_matter(finished):
+    backwards = finished.rows([*finished.interventions[::-1], *finished.continual[::-1]])
+    pd.testing.assert_frame_equal(backwards[finished.table.columns], finished.table)
+
+
+def test_a_second_call_does_nothing(finished):
+    files = {path: path.stat().st_mtime_ns for path in finished.study.data.rglob("*")}
+    outcome = execute(finished.runs, workers=1)
+    distinct = len({run.digest for run in finished.runs}) + 2 * len(SEEDS)  # corpus, pretraining
+    assert (outcome.done, outcome.skipped, outcome.seconds) == (0, distinct, 0)
+    finished.study.run(finished.runs, "again")
+    assert {p: p.stat().st_mtime_ns for p in finished.study.data.rglob("*")} == files
+    assert count_states(finished.runs)["done"] == len(finished.runs)
+
+
+def test_nothing_half_done_or_temporary_is_left(finished):
+    names = [path.name for path in finished.study.data.rglob("*")]
+    assert not [n for n in names if n.endswith((".partial", ".tmp")) or n in ("lock", "error.txt")]
+
+
+def test_a_table_of_unfinished_runs_is_refused(finished, tmp_path):
+    elsewhere = Study(finished.study.profile, tmp_path)
+    with pytest.raises(KelibError, match=r"measure run \w+ is missing: run its stage first"):
+        checkpoint_tables(elsewhere)
+    with pytest.raises(KelibError, match=r"pretrain run \w+ is missing"):
+        pretraining_table(elsewhere)
+    with pytest.raises(KelibError, match=r"continual run \w+ is missing"):
+        continual_table(
+            elsewhere,
+            elsewhere.continual_runs(finished.entropy),
+            finished.checkpoints,
+            finished.entropy,
+        )
+
+
+# --- stages on planted curves -------------------------------------------------------------------
+
+
+def planted(curve, seed=100):
+    """An entropy table with the given totals by step, split over two layers."""
+    rows = [
+        (seed, step, i, total * w)
+        for step, total in curve.items()
+        for i, w in enumerate((0.25, 0.75))
+    ]
+    return pd.DataFrame(rows, columns=["seed", "step", "layer", "entropy_nats"])
+
+
+def study_of(steps=100, stages=(0.5, 1.0)):
+    overrides = {
+        "pretraining.steps": steps,
+        "pretraining.checkpoints": [],
+        "continual.stages": list(stages),
+    }
+    return Study(load_profile("smoke", overrides), None)
+
+
+CURVES = {
+    "collapse, recovery, fall": (
+        {0: 9.9, 2: 7.0, 5: 4.0, 10: 6.0, 20: 9.0, 35: 8.5, 50: 8.0, 75: 7.9, 100: 7.0},
+        (20, {AFTER_PEAK: 35, "50%": 50, "100%": 100}),
+    ),
+    "still rising": (
+        {0: 9.9, 5: 4.0, 20: 6.0, 50: 7.0, 100: 8.0},
+        (100, {"50%": 50, "100%": 100}),
+    ),
+    "no collapse, falling throughout": (
+        {0: 9.9, 5: 9.0, 10: 8.0, 30: 7.5, 50: 7.0, 100: 6.0},
+        (10, {AFTER_PEAK: 30, "50%": 50, "100%": 100}),
+    ),
+    "rising throughout": (
+        {0: 1.0, 5: 2.0, 10: 3.0, 50: 4.0, 100: 5.0},
+        (100, {"50%": 50, "100%": 100}),
+    ),
+    "flat": (
+        {0: 5.0, 5: 5.0, 50: 5.0, 100: 5.0},
+        (0, {AFTER_PEAK: 5, "50%": 50, "100%": 100}),
+    ),
+    "peak just before the half": (
+        {0: 9.0, 5: 4.0, 40: 8.0, 50: 7.0, 100: 6.0},
+        (40, {AFTER_PEAK: 50, "100%": 100}),
+    ),
+    "peak after the half": (
+        {0: 9.0, 5: 4.0, 50: 7.0, 70: 8.0, 80: 7.5, 100: 6.0},
+        (70, {AFTER_PEAK: 80, "100%": 100}),
+    ),
+    "peak at the last but one": (
+        {0: 9.0, 5: 4.0, 50: 7.0, 80: 8.0, 100: 7.0},
+        (80, {AFTER_PEAK: 100}),
+    ),
+    "higher before training than ever after": (
+        {0: 99.0, 1: 50.0, 5: 4.0, 50: 8.0, 60: 7.0, 100: 6.0},
+        (50, {AFTER_PEAK: 60, "100%": 100}),
+    ),
+    "two checkpoints": ({0: 9.0, 100: 5.0}, (0, {AFTER_PEAK: 100})),
+    "no checkpoint at the half": (
+        {0: 9.0, 5: 4.0, 10: 8.0, 12: 7.0, 41: 6.0, 60: 6.0, 100: 5.0},
+        (10, {AFTER_PEAK: 12, "50%": 41, "100%": 100}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_peak_and_stages_of_planted_curves(name):
+    curve, (peak, stages) = CURVES[name]
+    table = planted(curve)
+    assert peak_step(table, 100) == peak
+    found = study_of().stages(table, 100)
+    assert found == stages
+    assert list(found.values()) == sorted(set(found.values()))
+    shuffled = table.sample(frac=1, random_state=0)
+    assert study_of().stages(shuffled, 100) == stages
+
+
+def test_each_seed_has_its_own_peak():
+    (first, (peak, _)), (second, (other, _)) = CURVES["collapse, recovery, fall"], CURVES["flat"]
+    table = pd.concat([planted(first, 100), planted(second, 101)])
+    assert (peak_step(table, 100), peak_step(table, 101)) == (peak, other)
+
+
+def test_more_stages_come_in_order_whatever_their_order_in_the_profile():
+    curve, _ = CURVES["collapse, recovery, fall"]
+    found = study_of(stages=(1.0, 0.75, 0.1, 0.5)).stages(planted(curve), 100)
+    assert found == {AFTER_PEAK: 35, "50%": 50, "75%": 75, "100%": 100}  # 10 % lies before the peak
+
+
+def test_a_seed_without_measurements_is_refused():
+    with pytest.raises(KelibError, match="the entropy table has no seed 7: run stage 2 first"):
+        study_of().stages(planted({0: 1.0, 100: 1.0}), 7)
+
+
+# --- the grid -----------------------------------------------------------------------------------
+
+
+def digests(study, entropy):
+    return {run.digest for run in (*study.continual_runs(entropy), *study.intervention_runs())}
+
+
+@pytest.fixture
+def entropy():
+    curve = {0: 9.0, 2: 4.0, 8: 8.0, 30: 7.0, 60: 6.0}
+    return pd.concat([planted(curve, seed) for seed in SEEDS])
+
+
+def test_the_grid_is_complete_and_has_no_run_twice(entropy, tmp_path):
+    study = Study(load_profile("smoke"), tmp_path)
+    runs = study.continual_runs(entropy)
+    assert len(runs) == 2 * 2 * 2 * 2 * 2  # rates, CL seeds, with and without, seeds, stages 30, 60
+    woken = study.intervention_runs()
+    assert len(woken) == 1 * 2 * 1 * 4 * 2  # rates, CL seeds, p, q, seeds
+    assert len(digests(study, entropy)) == len(runs) + len(woken)
+    assert {run.settings["step"] for run in runs} == {30, 60}
+    assert {run.settings["step"] for run in woken} == {60}
+    assert all(set(run.inputs) == {"corpus", "pretrain", "measure"} for run in woken)
+    assert len(study.measure_runs()) == 2 * 9
+
+
+@pytest.mark.parametrize(
+    ("key", "less"),
+    [
+        ("continual.seeds", [1]),
+        ("continual.learning_rates", [6.0e-3]),
+        ("interventions.factors", [2.0, 1.0]),
+        ("seeds", [101]),
+        ("continual.stages", [1.0]),
+    ],
+)
+def test_a_longer_list_only_adds_runs(entropy, tmp_path, key, less):
+    whole = digests(Study(load_profile("smoke"), tmp_path), entropy)
+    part = digests(Study(load_profile("smoke", {key: less}), tmp_path), entropy)
+    assert part <= whole
+    assert len(part) < len(whole) or key == "continual.stages"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        ("workers", 1, {"corpus", "pretrain", "measure", "continual"}),
+        ("continual.optimizer.weight_decay", 0.2, {"corpus", "pretrain", "measure"}),
+        ("continual.injections", 5, {"corpus", "pretrain", "measure"}),
+        ("interventions.ratios", [0.9], {"corpus", "pretrain", "measure", "continual"}),
+        ("pretraining.learning_rate", 1.0e-3, {"corpus"}),
+        ("pretraining.optimizer.clip", 2.0, {"corpus"}),
+        ("model.hidden_size", 64, {"corpus"}),
+        ("corpus.vocabulary_size", 600, set()),
+        ("corpus.world.people", 30, set()),
+    ],
+)
+def test_a_setting_concerns_only_what_rests_on_it(tmp_path, key, value, kept):
+    def runs(overrides):
+        study = Study(load_profile("smoke", overrides), tmp_path)
+        return {
+            "corpus": study.corpus_run(100).digest,
+            "pretrain": study.pretrain_run(100).digest,
+            "measure": study.measure_run(100, 60).digest,
+            "continual": study.continual_run(100, 60, 6e-3, 0).digest,
+        }
+
+    before, after = runs({}), runs({key: value})
+    assert {kind for kind in before if before[kind] == after[kind]} == kept
+
+
+def test_settings_of_runs_can_be_written(entropy, tmp_path):
+    study = Study(load_profile("smoke"), tmp_path)
+    for run in (*study.measure_runs(), *study.continual_runs(entropy), *study.intervention_runs()):
+        settings = dict(run.settings)
+        assert json.loads(json.dumps(settings)) == settings
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_profiles_share_no_folder_and_cleaning_touches_one_only(tmp_path):
+    folders = {}
+    for name in ("smoke", "small"):
+        study = Study(load_profile(name), tmp_path)
+        seed = study.profile.seeds[0]
+        runs = [study.corpus_run(seed), study.pretrain_run(seed), study.measure_run(seed, 0)]
+        runs.append(study.continual_run(seed, 1, 1e-3, 0))
+        folders[name] = {run.home for run in runs} | {study.measurements}
+        for folder in folders[name]:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "file").write_text("")
+    (tmp_path / "sources").mkdir()
+    assert not folders["smoke"] & folders["small"]
+    clean(Study(load_profile("smoke"), tmp_path))
+    assert not any(folder.exists() for folder in folders["smoke"])
+    assert all((folder / "file").exists() for folder in folders["small"])
+    assert (tmp_path / "sources").exists()
+    clean(Study(load_profile("smoke"), tmp_path))  # nothing to do is no error
