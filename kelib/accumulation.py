@@ -1,4 +1,6 @@
-"""Float64 sums over sequences, fed by the hooks while a model runs; never a copy of a whole layer's output."""
+"""Float64 sums over sequences, fed by the hooks while a model runs; never a copy of a whole layer's
+output.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from kelib.architectures import Layer
 from kelib.batches import Batch
 from kelib.errors import KelibError, listing
-from kelib.measurement import Sums
+from kelib.jackknife import Sums
 from kelib.watching import Firing
 
 DEFINITIONS = ("absolute", "relu", "contribution")
@@ -21,23 +23,30 @@ CPU_VALUES, GPU_VALUES, MINIMUM_ROWS = 2**17, 2**24, 64
 
 
 def definition_name(coefficient: Coefficient) -> str:
-    """The name under which a measurement keeps its definition. KelibError for a name that does not exist."""
+    """The name under which a measurement keeps its definition. KelibError for a name that does not
+    exist.
+    """
     if callable(coefficient):
         return str(getattr(coefficient, "__name__", type(coefficient).__name__))
     if coefficient not in DEFINITIONS:
         raise KelibError(
-            f"coefficient {coefficient!r} is not defined; choose one of {listing(DEFINITIONS)} or pass a function"
+            f"coefficient {coefficient!r} is not defined; choose one of {listing(DEFINITIONS)} or "
+            "pass a function"
         )
     return coefficient
 
 
 class Accumulator:
-    """Sums of one pass. Call :meth:`begin` with a batch, run the model with the methods as hooks, then :meth:`check`."""
+    """Sums of one pass. Call :meth:`begin` with a batch, run the model with the methods as hooks,
+    then :meth:`check`.
+    """
 
     def __init__(
         self, layers: list[Layer], blocks: int, coefficient: Coefficient, router_weight: bool
     ) -> None:
-        """``layers`` may be empty; ``blocks`` is 1, or how many blocks of sequences are kept apart."""
+        """``layers`` may be empty; ``blocks`` is 1, or how many blocks of sequences are kept
+        apart.
+        """
         self.layers, self.blocks = layers, blocks
         self.coefficient, self.router_weight = coefficient, router_weight
         self.sequences = np.zeros(blocks)
@@ -117,7 +126,9 @@ class Accumulator:
         return flat if self._kept is None else flat[self._kept]
 
     def check(self) -> int | None:
-        """The first layer whose sums are not finite, -1 for the next-token sums, None if all is well."""
+        """The first layer whose sums are not finite, -1 for the next-token sums, None if all is
+        well.
+        """
         for layer in self.layers:
             total = self._coefficients.get(layer.layer)
             if total is not None and not bool(torch.isfinite(total).all()):
@@ -157,7 +168,9 @@ class Accumulator:
     def _runs(
         self, count: int, tokens: torch.Tensor | None, rows: torch.Tensor | None
     ) -> list[tuple[int, int]]:
-        """(block, end) of each run of rows that belong to one sequence; rows come in the order of tokens."""
+        """(block, end) of each run of rows that belong to one sequence; rows come in the order of
+        tokens.
+        """
         if self.blocks == 1:
             return [(0, count)]
         if tokens is None:
@@ -174,7 +187,9 @@ class Accumulator:
         rows: torch.Tensor | None,
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        """``sum_n weights_n |values_n|``, ``(m,)`` float64; the magnitude of a few rows at a time, so that it stays in cache."""
+        """``sum_n weights_n |values_n|``, ``(m,)`` float64; the magnitude of a few rows at a time,
+        so that it stays in cache.
+        """
         width = values.shape[1]
         budget = CPU_VALUES if values.device.type == "cpu" else GPU_VALUES
         step = max(MINIMUM_ROWS, budget // width)
@@ -203,7 +218,8 @@ def _called(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tens
     if not isinstance(found, torch.Tensor) or found.shape != values.shape:
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise KelibError(
-            f"the coefficient function was given {tuple(values.shape)} and returned {shape}; it must return a "
+            f"the coefficient function was given {tuple(values.shape)} and returned {shape}; it "
+            "must return a "
             "tensor of the same shape"
         )
     return found

@@ -1,9 +1,9 @@
 """Where a model keeps its key-value memories, found by structure and not by the name of a class.
 
-A feed-forward layer is a memory: ``FFN(x) = f(x Kᵀ) V``. Inside a transformer block kelib looks for a
-module that holds a *down* projection (V) and an *up* projection whose shapes fit together, under the
-usual names of such projections; for a mixture of experts, for the three-dimensional parameters that
-hold all experts at once. An architecture that names its parts otherwise is added with
+A feed-forward layer is a memory: ``FFN(x) = f(x Kᵀ) V``. Inside a transformer block kelib looks for
+a module that holds a *down* projection (V) and an *up* projection whose shapes fit together, under
+the usual names of such projections; for a mixture of experts, for the three-dimensional parameters
+that hold all experts at once. An architecture that names its parts otherwise is added with
 :func:`register_architecture`.
 """
 
@@ -33,9 +33,11 @@ class FeedForward:
         layer: index of the block.
         name: path of the down projection inside the block.
         down: holds V; its input is the coefficient vector ``c``.
-        up, gate: hold K. In a gated layer ``c = act(gate x) * up x``, otherwise ``gate`` is None and
-            ``c = act(up x)``. If both are one projection (Phi-3), ``gate`` and ``up`` are the same module.
-        place: the module whose output is ``c V`` plus the bias of ``down``; the self-test compares the two.
+        up, gate: hold K. In a gated layer ``c = act(gate x) * up x``, otherwise ``gate`` is None
+            and ``c = act(up x)``. If both are one projection (Phi-3), ``gate`` and ``up`` are the
+            same module.
+        place: the module whose output is ``c V`` plus the bias of ``down``; the self-test compares
+            the two.
     """
 
     layer: int
@@ -56,7 +58,9 @@ class FeedForward:
         return _shape(self.down)[1]
 
     def up_rows(self) -> torch.Tensor:
-        """The up projection as ``(m, hidden)``: row i multiplies coefficient i. A view, not a copy."""
+        """The up projection as ``(m, hidden)``: row i multiplies coefficient i. A view, not a
+        copy.
+        """
         rows = _weight(self.up).T if _is_conv1d(self.up) else _weight(self.up)
         return rows[self.memories :] if self.fused else rows
 
@@ -71,18 +75,23 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The memories of one mixture-of-experts layer: those of every expert, then those every token uses.
+    """The memories of one mixture-of-experts layer: those of every expert, then those every token
+    uses.
 
-    With ``r_e(x)`` the router's weight of expert ``e`` (0 for experts that were not chosen), the layer is
-    ``FFN(x) = sum_e r_e(x) sum_i c_{e,i}(x) v_{e,i}``: a memory of ``E m`` vectors, plus those of the shared expert
-    where there is one, whose weight is its own gate (Qwen-MoE) or 1. The coefficient of memory ``(e, i)`` is
+    With ``r_e(x)`` the router's weight of expert ``e`` (0 for experts that were not chosen), the
+    layer is ``FFN(x) = sum_e r_e(x) sum_i c_{e,i}(x) v_{e,i}``: a memory of ``E m`` vectors, plus
+    those of the shared expert where there is one, whose weight is its own gate (Qwen-MoE) or 1. The
+    coefficient of memory ``(e, i)`` is
 
-    * with the router weight: ``r_e(x) c_{e,i}(x)``, what multiplies ``v_{e,i}`` in the layer's output;
+    * with the router weight: ``r_e(x) c_{e,i}(x)``, what multiplies ``v_{e,i}`` in the layer's
+      output;
     * without: ``c_{e,i}(x)`` if the router chose expert ``e`` for this token, else 0.
 
     Attributes:
-        experts: the module with the parameters ``gate_up_proj`` (or ``up_proj``) and ``down_proj`` of all experts.
-        shared: the experts that every token uses, each with the module that gives its gate, or None.
+        experts: the module with the parameters ``gate_up_proj`` (or ``up_proj``) and ``down_proj``
+            of all experts.
+        shared: the experts that every token uses, each with the module that gives its gate, or
+            None.
         place: the module whose output is the sum above.
     """
 
@@ -127,7 +136,8 @@ class Mixture:
     def up_rows(self) -> torch.Tensor:
         """Not defined for experts: raises KelibError."""
         raise KelibError(
-            f"layer {self.layer} is a mixture of experts ({self.name}): kelib measures its memories, "
+            f"layer {self.layer} is a mixture of experts ({self.name}): kelib measures its "
+            "memories, "
             "but scaling their rows of K is only defined for dense layers"
         )
 
@@ -151,23 +161,25 @@ def register_architecture(finder: Finder) -> Finder:
     """Teach kelib a block that it does not recognise; usable as a decorator. Returns ``finder``.
 
     ``finder(layer, block)`` gets the index and the module of a transformer block and returns a
-    :class:`FeedForward` (or :class:`Mixture`) that says where the projections are, or None if the block is of
-    another kind. Finders are asked before kelib's own search, the latest first. Then run
-    :func:`kelib.ffn.self_test` on the model.
+    :class:`FeedForward` (or :class:`Mixture`) that says where the projections are, or None if the
+    block is of another kind. Finders are asked before kelib's own search, the latest first. Then
+    run :func:`kelib.ffn.self_test` on the model.
 
     >>> from kelib.architectures import FeedForward, register_architecture, unregister_architecture
     >>> @register_architecture
     ... def my_blocks(layer, block):
     ...     inner = getattr(block, "brain", None)
-    ...     return inner and FeedForward(layer, "brain.out", down=inner.out, up=inner.into, place=inner)
-    >>> unregister_architecture(my_blocks)
+    ...     return inner and FeedForward(layer, "brain.out", down=inner.out, up=inner.into,
+    place=inner) >>> unregister_architecture(my_blocks)
     """
     _FINDERS.insert(0, finder)
     return finder
 
 
 def unregister_architecture(finder: Finder) -> None:
-    """Forget what :func:`register_architecture` was told. Raises KelibError if it was never told."""
+    """Forget what :func:`register_architecture` was told. Raises KelibError if it was never
+    told.
+    """
     if finder not in _FINDERS:
         raise KelibError(f"{finder!r} is not registered; there are {listing(_FINDERS)}")
     _FINDERS.remove(finder)
@@ -191,16 +203,18 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     outer = [m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)]
     if not outer:
         raise KelibError(
-            f"{type(model).__name__} has no list of transformer blocks (an nn.ModuleList) to look into"
+            f"{type(model).__name__} has no list of transformer blocks (an nn.ModuleList) to look "
+            "into"
         )
     return max(outer, key=len)
 
 
 def feed_forwards(model: Any) -> list[Layer]:
-    """The memories of every layer, in order: a :class:`FeedForward`, or a :class:`Mixture` of experts.
+    """The memories of every layer, in order: a :class:`FeedForward`, or a :class:`Mixture` of
+    experts.
 
-    Raises KelibError, saying what was looked for and how to register it, if a block has no recognisable
-    feed-forward layer.
+    Raises KelibError, saying what was looked for and how to register it, if a block has no
+    recognisable feed-forward layer.
     """
     return [
         _find(index, block, type(model).__name__)
@@ -222,9 +236,12 @@ def _find(index: int, block: nn.Module, owner: str) -> Layer:
     count = f"{len(experts) + len(dense)} of them" if experts or dense else "none"
     raise KelibError(
         f"layer {index} of {owner} ({type(block).__name__}) has no feed-forward layer that kelib "
-        f"knows: it looked for one module with a down projection named {listing(DOWN_NAMES)} and an up "
-        f"projection named {listing(UP_NAMES + FUSED_NAMES)} of matching shapes, or for experts with "
-        f"three-dimensional parameters down_proj and gate_up_proj, and found {count}; the block holds "
+        f"knows: it looked for one module with a down projection named {listing(DOWN_NAMES)} and "
+        "an up "
+        f"projection named {listing(UP_NAMES + FUSED_NAMES)} of matching shapes, or for experts "
+        "with "
+        f"three-dimensional parameters down_proj and gate_up_proj, and found {count}; the block "
+        "holds "
         f"{listing(name for name in places if name)}; name the projections with "
         "kelib.ffn.register_architecture and check them with kelib.ffn.self_test"
     )

@@ -20,13 +20,16 @@ LOWEST = -80.0
 
 
 def softmax_entropy_(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Entropy in nats of the softmax over the last axis. Overwrites ``scores``, ``(..., k)``, floating point.
+    """Entropy in nats of the softmax over the last axis. Overwrites ``scores``, ``(..., k)``,
+    floating point.
 
-    With ``z = scores - max`` it is ``ln sum e^z - sum z e^z / sum e^z``. ``z`` is kept above -80: what lies below weighs less
-    than 2e-35, below the rounding of the sum, so that scores of minus infinity need no care, and ``exp`` is many times
-    faster on a CPU where its result is not a subnormal number or 0.
+    With ``z = scores - max`` it is ``ln sum e^z - sum z e^z / sum e^z``. ``z`` is kept above -80:
+    what lies below weighs less than 2e-35, below the rounding of the sum, so that scores of minus
+    infinity need no care, and ``exp`` is many times faster on a CPU where its result is not a
+    subnormal number or 0.
 
-    Returns the entropy ``(...)``, ``e^z`` ``(..., k)`` and its sum ``(..., 1)``; the softmax is their quotient.
+    Returns the entropy ``(...)``, ``e^z`` ``(..., k)`` and its sum ``(..., 1)``; the softmax is
+    their quotient.
     """
     scores.sub_(scores.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)
     weights = scores.exp()
@@ -37,18 +40,21 @@ def softmax_entropy_(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 
 @contextmanager
 def watch_attention(model: Any, on_entropy: OnEntropy) -> Iterator[None]:
-    """Call ``on_entropy(layer, entropy)`` for every attention layer at each forward pass of the scope.
+    """Call ``on_entropy(layer, entropy)`` for every attention layer at each forward pass of the
+    scope.
 
-    ``entropy`` is ``(B, heads, T)`` in nats: ``-sum_i A_ji ln A_ji`` of every query position j (Eq. 3), in float32 or, for
-    a float64 model, float64. Layers are counted in the order in which they first run.
+    ``entropy`` is ``(B, heads, T)`` in nats: ``-sum_i A_ji ln A_ji`` of every query position j (Eq.
+    3), in float32 or, for a float64 model, float64. Layers are counted in the order in which they
+    first run.
 
-    While the scope lasts, the model's attention runs through a function of kelib that is registered in transformers'
-    AttentionInterface together with SDPA's mask function (without one the mask would be lost). It computes
-    output and entropy from the same block of query rows, in float32 at least, and handles grouped keys, masks, sliding
-    windows, scaling and soft-capping. Afterwards the registration and the model's configuration are as before,
-    also after an exception.
+    While the scope lasts, the model's attention runs through a function of kelib that is registered
+    in transformers' AttentionInterface together with SDPA's mask function (without one the mask
+    would be lost). It computes output and entropy from the same block of query rows, in float32 at
+    least, and handles grouped keys, masks, sliding windows, scaling and soft-capping. Afterwards
+    the registration and the model's configuration are as before, also after an exception.
 
-    Raises KelibError in the forward pass of an attention with sinks or a position bias, whose entropy Eq. 3 does not define.
+    Raises KelibError in the forward pass of an attention with sinks or a position bias, whose
+    entropy Eq. 3 does not define.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -76,7 +82,8 @@ def watch_attention(model: Any, on_entropy: OnEntropy) -> Iterator[None]:
         for unknown in ("position_bias", "s_aux"):
             if others.get(unknown) is not None:
                 raise KelibError(
-                    f"{type(module).__name__} uses {unknown}: attention entropy (Eq. 3) is not defined for it; "
+                    f"{type(module).__name__} uses {unknown}: attention entropy (Eq. 3) is not "
+                    "defined for it; "
                     "measure without attention=True"
                 )
         layer = order.setdefault(id(module), len(order))
@@ -145,7 +152,8 @@ def _scores(
     start: int,
     causal: bool,
 ) -> torch.Tensor:
-    """Scores of a block of query rows, ``(B, key heads, group, rows, keys)``; what is masked is hugely negative.
+    """Scores of a block of query rows, ``(B, key heads, group, rows, keys)``; what is masked is
+    hugely negative.
 
     Keys after the block's last row are left out where the block may not see them.
     """

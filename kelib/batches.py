@@ -17,7 +17,8 @@ class Batch:
 
     Attributes:
         ids: ``(B, T)``.
-        mask: ``(B, T)`` bool, or None if nothing is padded: a forward pass without a mask is the faster one.
+        mask: ``(B, T)`` bool, or None if nothing is padded: a forward pass without a mask is the
+            faster one.
         lengths: tokens of each sequence, padding not counted; all at least 1.
         first: number of the first sequence in the data set.
     """
@@ -33,7 +34,9 @@ class Batch:
         return Batch(self.ids.to(device), mask, self.lengths, self.first)
 
     def weights(self) -> torch.Tensor:
-        """``(B T,)`` float64: ``1 / T_n`` for the tokens of sequence n, 0 for padding; each row sums to 1."""
+        """``(B T,)`` float64: ``1 / T_n`` for the tokens of sequence n, 0 for padding; each row
+        sums to 1.
+        """
         inverse = 1.0 / torch.tensor(self.lengths, dtype=torch.float64)
         spread = inverse[:, None].expand(self.ids.shape)
         if self.mask is not None:
@@ -51,8 +54,8 @@ class Batch:
 def read_batch(batch: Any, first: int, words: int) -> Batch | None:
     """Check a batch; None if it holds no token. ``words`` is the size of the vocabulary.
 
-    Raises KelibError for anything but a mapping with ``input_ids`` ``(B, T)`` and perhaps an ``attention_mask`` of the same
-    shape, and for a token outside the vocabulary.
+    Raises KelibError for anything but a mapping with ``input_ids`` ``(B, T)`` and perhaps an
+    ``attention_mask`` of the same shape, and for a token outside the vocabulary.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         held = listing(batch) if isinstance(batch, Mapping) else type(batch).__name__
@@ -60,7 +63,8 @@ def read_batch(batch: Any, first: int, words: int) -> Batch | None:
     ids = torch.as_tensor(batch["input_ids"])
     if ids.dim() != 2 or ids.is_floating_point():
         raise KelibError(
-            f"input_ids must be whole numbers of shape (sequences, tokens), not {ids.dtype} of shape "
+            f"input_ids must be whole numbers of shape (sequences, tokens), not {ids.dtype} of "
+            "shape "
             f"{tuple(ids.shape)}"
         )
     ids = ids.long()
@@ -87,7 +91,8 @@ def read_batch(batch: Any, first: int, words: int) -> Batch | None:
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= words:
         raise KelibError(
-            f"input_ids hold token {highest if highest >= words else lowest}, the vocabulary has {words}; "
+            f"input_ids hold token {highest if highest >= words else lowest}, the vocabulary has "
+            f"{words}; "
             "use the tokenizer of this model"
         )
     return Batch(ids, mask, lengths, first)

@@ -1,7 +1,8 @@
 """Profiles: frozen, validated, digested configurations read from ``notebooks/params/*.yaml``.
 
-A profile differs from another one in parameters only, never in code. Everything a run depends on is a
-dataclass here, so that its digest names the run: change a value and only what depends on it is run again.
+A profile differs from another one in parameters only, never in code. Everything a run depends on
+is a dataclass here, so that its digest names the run: change a value and only what depends on it
+is run again.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from kelib.world import WorldSize
 
 
 def repository_root() -> Path:
-    """The folder that holds ``notebooks/params``: the checkout kelib was installed from, else a parent
-    of the current folder (kelib installed alone, notebooks elsewhere)."""
+    """The folder that holds ``notebooks/params``: the checkout kelib was installed from, else a
+    parent of the current folder (kelib installed alone, notebooks elsewhere)."""
     for start in (Path(__file__).resolve().parent, Path.cwd()):
         for folder in (start, *start.parents):
             if (folder / "notebooks" / "params").is_dir():
                 return folder
     raise KelibError(
-        f"no folder notebooks/params above {Path.cwd()}; run this inside a checkout of the repository"
+        f"no folder notebooks/params above {Path.cwd()}; run this inside a checkout of kelib"
     )
 
 
 def digest(value: Any, length: int = 12) -> str:
-    """Short sha256 of a JSON-able value or dataclass; equal values have equal digests on every platform."""
+    """Short sha256 of a JSON-able value or dataclass; equal values have equal digests on every
+    platform.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -46,8 +49,8 @@ def digest(value: Any, length: int = 12) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text, tokenizer and packing. A source is a name in ``data/sources.yaml``, ``generated:NAME`` (another
-    generated world, needs no network) or the path of a local file or folder."""
+    """Text, tokenizer and packing. A source is a name in ``data/sources.yaml``, ``generated:NAME``
+    (another generated world, needs no network) or the path of a local file or folder."""
 
     general: tuple[str, ...]  # what is pretrained on beside the generated facts
     domain: tuple[str, ...]  # what continual learning reads
@@ -122,6 +125,8 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
+    """Training from scratch; ``checkpoints`` lie densely where entropy moves fast."""
+
     steps: int
     batch_size: int  # sequences
     learning_rate: float  # peak
@@ -143,8 +148,9 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True)
 class Continual:
-    """Continual knowledge learning. ``stages`` are shares of pretraining, each met by the nearest checkpoint;
-    the first checkpoint after the entropy peak is always added in front (``design.md``, verdict rule 3)."""
+    """Continual knowledge learning. ``stages`` are shares of pretraining, each met by the nearest
+    checkpoint; the first checkpoint after the entropy peak is always added in front
+    (the claims compare it with the last stage)."""
 
     steps: int
     batch_size: int
@@ -177,6 +183,8 @@ class Continual:
 
 @dataclasses.dataclass(frozen=True)
 class Interventions:
+    """Resuscitation of the last stage: every p with every q at every learning rate."""
+
     ratios: tuple[float, ...]  # p of Algorithm 1
     factors: tuple[float, ...]  # q of Algorithm 1
     learning_rates: tuple[float, ...]  # of the continual learning that follows
@@ -191,7 +199,9 @@ class Interventions:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Everything one study needs. ``seeds`` are pretraining seeds: initialisation, data order, facts, entries."""
+    """Everything one study needs. ``seeds`` are pretraining seeds: initialisation, data order,
+    facts, entries.
+    """
 
     profile: str
     seeds: tuple[int, ...]
@@ -217,7 +227,9 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        """Digest of the parameters alone: no versions, no commit, not how many workers share the work."""
+        """Digest of the parameters alone: no versions, no commit, not how many workers share the
+        work.
+        """
         return digest(dataclasses.asdict(dataclasses.replace(self, workers=1)))
 
 
@@ -260,7 +272,9 @@ def _unique(instance: object, *names: str) -> None:
 
 
 def convert(kind: Any, value: Any, name: str) -> Any:
-    """Check ``value`` (from YAML) against the annotation ``kind``; exact types, except int where float is due."""
+    """Check ``value`` (from YAML) against the annotation ``kind``; exact types, except int where
+    float is due.
+    """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise KelibError(f"{name} = {value!r} must be a mapping with {listing(_fields(kind))}")
@@ -324,7 +338,8 @@ def read_yaml(path: Path) -> Any:
 
 
 def profile_from(values: Any, overrides: Mapping[str, Any] | None = None) -> Profile:
-    """Build a profile from nested mappings; ``overrides`` are dotted keys such as ``{"continual.steps": 40}``.
+    """Build a profile from nested mappings; ``overrides`` are dotted keys such as
+    ``{"continual.steps": 40}``.
 
     Raises KelibError for an unknown, missing or mistyped key, naming the valid ones.
     """
@@ -355,7 +370,9 @@ def profiles(folder: Path | None = None) -> list[str]:
 
 
 def load_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
-    """Read ``notebooks/params/<name>.yaml``. Raises KelibError for an unknown name (lists what exists)."""
+    """Read ``notebooks/params/<name>.yaml``. Raises KelibError for an unknown name (lists what
+    exists).
+    """
     if name not in profiles():
         raise KelibError(f"unknown profile {name!r}: notebooks/params has {listing(profiles())}")
     path = repository_root() / "notebooks" / "params" / f"{name}.yaml"

@@ -1,8 +1,9 @@
-"""From documents to blocks of tokens: splits, a byte-level BPE tokenizer, packing, deterministic streams.
+"""From documents to blocks of tokens: splits, a byte-level BPE tokenizer, packing, deterministic
+streams.
 
 Documents are split once, by the digest of their text, so that no document is both trained on and
-measured on. Inside a split they are tokenised, joined by the end-of-text token and cut into blocks of
-one length: nothing is padded, and only the tail shorter than a block is dropped.
+measured on. Inside a split they are tokenised, joined by the end-of-text token and cut into blocks
+of one length: nothing is padded, and only the tail shorter than a block is dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ BLOCKS = ("general", "facts", "entropy", "heldout_general", "domain", "heldout_d
 
 
 def source_documents(name: str, folder: Path, settings: Corpus, seed: int) -> list[str]:
-    """Documents of one source; ``generated:NAME`` is another world, whose people the study never asks about."""
+    """Documents of one source; ``generated:NAME`` is another world, whose people the study never
+    asks about.
+    """
     if name.startswith("generated:"):
         other = int(hashlib.sha256(f"{name}/{seed}".encode()).hexdigest()[:8], 16)
         world = build_world(settings.world, other)
@@ -43,7 +46,7 @@ def source_documents(name: str, folder: Path, settings: Corpus, seed: int) -> li
         return sources.documents(name, folder)
     if not Path(name).exists():
         raise KelibError(
-            f"unknown source {name!r}: name one of {listing(sources.manifest())}, generated:NAME, or "
+            f"unknown source {name!r}: use {listing(sources.manifest())}, generated:NAME, or "
             "a file or folder that exists"
         )
     return sources.local_documents(Path(name))
@@ -52,7 +55,9 @@ def source_documents(name: str, folder: Path, settings: Corpus, seed: int) -> li
 def split_documents(
     names: Iterable[str], shares: dict[str, float], folder: Path, settings: Corpus, seed: int
 ) -> dict[str, list[str]]:
-    """All documents of the sources by split, each in an order drawn from ``seed``; duplicates fall together."""
+    """All documents of the sources by split, each in an order drawn from ``seed``; duplicates fall
+    together.
+    """
     splits: dict[str, list[str]] = {split: [] for split in shares}
     for name in names:
         for document in source_documents(name, folder, settings, seed):
@@ -65,7 +70,9 @@ def split_documents(
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """A byte-level BPE: every text encodes, nothing is unknown, and id 0 is the end-of-text token."""
+    """A byte-level BPE: every text encodes, nothing is unknown, and id 0 is the end-of-text
+    token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,10 +126,12 @@ def _mention_free(documents: list[str], world: World) -> list[str]:
 def build_corpus(
     settings: Corpus, seed: int, wanted: dict[str, int], fetched: Path, folder: Path
 ) -> dict[str, Any]:
-    """Write the tokenizer and the blocks of one pretraining seed into ``folder``; return the manifest.
+    """Write the tokenizer and the blocks of one pretraining seed into ``folder``; return the
+    manifest.
 
-    ``wanted`` gives the number of blocks of ``general``, ``facts`` and ``domain`` that training will read;
-    real text that is shorter is read again (the manifest gives the passes), never silently cut.
+    ``wanted`` gives the number of blocks of ``general``, ``facts`` and ``domain`` that training
+    will read; real text that is shorter is read again (the manifest gives the passes), never
+    silently cut.
     """
     world = build_world(settings.world, seed)
     general = split_documents(settings.general, GENERAL_SPLITS, fetched, settings, seed)
@@ -136,7 +145,8 @@ def build_corpus(
     }
 
     def facts(purpose: int) -> Iterator[str]:
-        # draws of their own; a fact has few wordings, so that some sentences do recur in pretraining
+        # draws of their own; a fact has few wordings, so that some sentences do recur in
+        # pretraining
         return world.documents(seed * 10 + purpose)
 
     share = settings.facts_share
@@ -176,7 +186,7 @@ def build_corpus(
             )
         if name in ("entropy", "heldout_general", "heldout_domain") and have < need:
             raise KelibError(
-                f"corpus {name}: {need} sequences of {length} tokens wanted, the text gives {have}; "
+                f"corpus {name}: {need} sequences of {length} tokens wanted, there are {have}; "
                 f"lower corpus.{name.split('_')[0]}_sequences or add a source"
             )
         passes[name] = round(need / have, 3) if have else 0.0
@@ -226,7 +236,9 @@ def _first(documents: Iterator[str], characters: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A corpus on disk, its blocks memory-mapped: ``blocks["domain"]`` is ``(n, sequence_length)`` uint16."""
+    """A corpus on disk, its blocks memory-mapped: ``blocks["domain"]`` is ``(n, sequence_length)``
+    uint16.
+    """
 
     folder: Path
     blocks: dict[str, np.ndarray]
@@ -238,7 +250,9 @@ class PackedCorpus:
 
 
 def load_corpus(folder: Path) -> PackedCorpus:
-    """Open a packed corpus; every file is checked against the manifest's sha256 before it is used."""
+    """Open a packed corpus; every file is checked against the manifest's sha256 before it is
+    used.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         expected = {name: str(manifest["sha256"][name]) for name in BLOCKS}
@@ -260,9 +274,11 @@ def load_corpus(folder: Path) -> PackedCorpus:
 
 
 def sequence_order(available: int, wanted: int, seed: int) -> np.ndarray:
-    """Indices ``(wanted,)`` of the blocks in reading order: one permutation a pass, drawn from ``seed``.
+    """Indices ``(wanted,)`` of the blocks in reading order: one permutation a pass, drawn from
+    ``seed``.
 
-    A pure function of its arguments, so that a resumed run reads what the undisturbed one would have.
+    A pure function of its arguments, so that a resumed run reads what the undisturbed one would
+    have.
     """
     if available == 0 and wanted > 0:
         raise KelibError(f"{wanted} sequences wanted from a corpus that has none")
@@ -273,7 +289,9 @@ def sequence_order(available: int, wanted: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The pretraining stream: ``batch(step)`` is ``(batch_size, T)``, facts and text in the stated share."""
+    """The pretraining stream: ``batch(step)`` is ``(batch_size, T)``, facts and text in the stated
+    share.
+    """
 
     general: np.ndarray
     facts: np.ndarray

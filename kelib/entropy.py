@@ -15,8 +15,9 @@ from kelib.architectures import feed_forwards, trunk_of, unwrap
 from kelib.attention import watch_attention
 from kelib.batches import Batch, read_batch
 from kelib.errors import KelibError, listing
+from kelib.jackknife import BLOCKS, Sums
 from kelib.logits import next_token_entropies, require_head
-from kelib.measurement import BLOCKS, EntropyMeasurement, Sums, shannon_entropy
+from kelib.measurement import EntropyMeasurement, shannon_entropy
 from kelib.processes import Processes
 from kelib.watching import evaluating, watch_memories
 
@@ -38,42 +39,49 @@ def measure_entropy(
 ) -> EntropyMeasurement:
     """Entropy of a causal language model over ``batches``, in one pass and flat memory.
 
-    Each batch is a mapping with ``input_ids`` ``(B, T)`` and, if there is padding on either side, ``attention_mask`` of the
-    same shape (tensors, arrays or lists). Every quantity is a mean over the unpadded tokens of a sequence, then over
-    sequences, accumulated in float64; so it depends neither on how the data is cut into batches, nor on padding,
-    nor on the order of sequences. A row that is all padding is no sequence and is skipped.
+    Each batch is a mapping with ``input_ids`` ``(B, T)`` and, if there is padding on either side,
+    ``attention_mask`` of the same shape (tensors, arrays or lists). Every quantity is a mean over
+    the unpadded tokens of a sequence, then over sequences, accumulated in float64; so it depends
+    neither on how the data is cut into batches, nor on padding, nor on the order of sequences. A
+    row that is all padding is no sequence and is skipped.
 
     Args:
-        model: any causal language model of transformers, on any device, in any dtype. It is left as it was: mode,
-            hooks, configuration.
-        knowledge: knowledge entropy (Eq. 2), nats per layer. Alone, only the trunk runs: the vocabulary
-            projection is not computed.
-        attention: attention entropy (Eq. 3), nats per layer and head, for models whose attention goes through
-            transformers' AttentionInterface. Scores exist for one block of query rows at a time.
-        next_token: entropy of the next-token distribution (A.4), nats, of every unpadded position, with the model's own
-            logit scaling and soft-capping. Logits exist for a few tokens at a time.
+        model: any causal language model of transformers, on any device, in any dtype. It is left as
+            it was: mode, hooks, configuration.
+        knowledge: knowledge entropy (Eq. 2), nats per layer. Alone, only the trunk runs: the
+            vocabulary projection is not computed.
+        attention: attention entropy (Eq. 3), nats per layer and head, for models whose attention
+            goes through transformers' AttentionInterface. Scores exist for one block of query rows
+            at a time.
+        next_token: entropy of the next-token distribution (A.4), nats, of every unpadded position,
+            with the model's own logit scaling and soft-capping. Logits exist for a few tokens at a
+            time.
         coefficient: what counts as the size of memory coefficient ``c_i``:
 
             * ``"absolute"``: ``|c_i|``, the paper's definition;
-            * ``"relu"``: ``max(0, relu(gate x) * up x)``, negative values become 0 (Fig. 9); in a layer without a gate
-              ``relu(up x)``;
-            * ``"contribution"``: ``|c_i| ‖v_i‖`` (ours). Scaling row i of K (of the up projection) by u and row i of V
-              by 1/u leaves the function of a gated or ReLU layer as it was, but multiplies ``c_i`` by u: the other
-              definitions, the paper's too, change under it, this one does not;
+            * ``"relu"``: ``max(0, relu(gate x) * up x)``, negative values become 0 (Fig. 9); in a
+              layer without a gate ``relu(up x)``;
+            * ``"contribution"``: ``|c_i| ‖v_i‖`` (ours). Scaling row i of K (of the up projection)
+              by u and row i of V by 1/u leaves the function of a gated or ReLU layer as it was, but
+              multiplies ``c_i`` by u: the other definitions, the paper's too, change under it, this
+              one does not;
             * a function of the signed coefficients, ``(n, k)`` to ``(n, k)``, no less than 0.
-        router_weight: whether coefficients of experts carry the router's weight: see :class:`kelib.ffn.Mixture`.
+        router_weight: whether coefficients of experts carry the router's weight: see
+            :class:`kelib.ffn.Mixture`.
         uncertainty: also keep the sums of 64 blocks of sequences, for standard errors (jackknife).
-        process_group: None, to measure in this process alone; ``"world"`` or a ProcessGroup, to measure together with the
-            other processes, as under ``accelerate launch`` (nothing is done unasked: one process of a training run
-            may measure while the others wait). Every process passes the same batches and reads each n-th of them; none
-            is read twice, and all end with the same result. If torch.distributed is not initialised, ``"world"``
-            is this process.
-        sharded: with ``process_group``: every process passes batches of its own, and reads all of them.
+        process_group: None, to measure in this process alone; ``"world"`` or a ProcessGroup, to
+            measure together with the other processes, as under ``accelerate launch`` (nothing is
+            done unasked: one process of a training run may measure while the others wait). Every
+                process passes the same batches and reads each n-th of them; none
+            is read twice, and all end with the same result. If torch.distributed is not
+            initialised, ``"world"`` is this process.
+        sharded: with ``process_group``: every process passes batches of its own, and reads all of
+            them.
 
-    Raises KelibError for an empty data set, a mask of another shape, tokens outside the vocabulary, NaN or
-    infinity (naming the layer and, if it lies in the weights, the parameter), a model without feed-forward layers that
-    kelib knows. Coefficients that sum to 0 or, from a user's function, are negative, are refused when
-    the knowledge entropy is read.
+    Raises KelibError for an empty data set, a mask of another shape, tokens outside the vocabulary,
+    NaN or infinity (naming the layer and, if it lies in the weights, the parameter), a model
+    without feed-forward layers that kelib knows. Coefficients that sum to 0 or, from a user's
+    function, are negative, are refused when the knowledge entropy is read.
     """
     if not (knowledge or attention or next_token):
         raise KelibError("nothing to measure: set knowledge, attention or next_token to True")
@@ -108,7 +116,8 @@ def measure_entropy(
         heads = max((shapes for _, _, shapes in told), key=len)
         if not heads:
             raise KelibError(
-                f"the attention of {type(model).__name__} does not go through transformers' AttentionInterface, so "
+                f"the attention of {type(model).__name__} does not go through transformers' "
+                "AttentionInterface, so "
                 "its entropy cannot be measured; leave attention=True out"
             )
         empty = tuple(np.zeros((len(sums.sequences), count)) for count in heads)
@@ -184,7 +193,9 @@ class _Pass:
             self._refuse(layer)
 
     def _refuse(self, layer: int | None) -> None:
-        """Say where NaN or infinity came from; weights are only searched now, so that a sound model pays nothing."""
+        """Say where NaN or infinity came from; weights are only searched now, so that a sound model
+        pays nothing.
+        """
         bad = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
         place = "the last hidden state or the logits" if layer in (None, -1) else f"layer {layer}"
         cause = (

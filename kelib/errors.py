@@ -2,7 +2,8 @@
 
 
 class KelibError(ValueError):
-    """Something the user can put right: the message states the value, the constraint and the remedy.
+    """Something the user can put right: the message states the value, the constraint and the
+    remedy.
 
     Everything kelib refuses on purpose is raised as this class, so that the command line can
     print one line and stop, while a genuine defect still shows its traceback.

@@ -23,7 +23,8 @@ HELDOUT = ("heldout_general", "heldout_domain")
 class Evaluation:
     """Item-level results; no text, so that they may be kept and published.
 
-    probes: columns entry, entry_set, level, probe, log_probability (nats, sum over the target), tokens.
+    probes: columns entry, entry_set, level, probe, log_probability (nats, sum over the target),
+        tokens.
     questions: columns task, item, correct, margin (nats, right choice minus best wrong one).
     losses: nats per token on held-out text of each corpus.
     """
@@ -33,7 +34,9 @@ class Evaluation:
     losses: dict[str, float]
 
     def summary(self) -> dict[str, float]:
-        """One flat row: k (Eq. 4) and its parts by set and level, p and its parts by task, losses."""
+        """One flat row: k (Eq. 4) and its parts by set and level, p and its parts by task,
+        losses.
+        """
         by_task = self.questions.groupby("task")["correct"].mean()
         row = {"k": knowledge_score(self.probes), "p": float(by_task.mean())}
         for part in ("entry_set", "level"):
@@ -47,8 +50,9 @@ class Evaluation:
 def evaluate(model: Any, tokenizer: Any, world: World, corpus: PackedCorpus) -> Evaluation:
     """Score every probe and question of the world and the held-out blocks of both corpora.
 
-    A question counts as correct if the right choice has the highest summed log-probability (the paper's
-    metric for SciQ, WinoGrande and ARC-Easy; choices here are alike in length). ``p`` is the mean over tasks.
+    A question counts as correct if the right choice has the highest summed log-probability (the
+    paper's metric for SciQ, WinoGrande and ARC-Easy; choices here are alike in length). ``p`` is
+    the mean over tasks.
     """
     probe_keys, requests = [], []
     for entry_set, entries in (("once", world.once), ("paraphrase", world.paraphrase)):

@@ -1,9 +1,11 @@
-"""The feed-forward layers of a model as key-value memories: where they are, their coefficients, a self-test.
+"""The feed-forward layers of a model as key-value memories: where they are, their coefficients, a
+self-test.
 
-``FFN(x) = f(x Kᵀ) V``; row i of V is memory vector ``v_i``, the coefficient of memory i is ``c_i = f(x Kᵀ)_i``. In a
-transformers model the coefficients are the input of the projection back to the hidden size. How that projection is
-found, and how to name it for an architecture that kelib does not know, stands in ``kelib.architectures``; how the
-coefficients are delivered in ``kelib.watching``. Their public names are repeated here.
+``FFN(x) = f(x Kᵀ) V``; row i of V is memory vector ``v_i``, the coefficient of memory i is ``c_i =
+f(x Kᵀ)_i``. In a transformers model the coefficients are the input of the projection back to the
+hidden size. How that projection is found, and how to name it for an architecture that kelib does
+not know, stands in ``kelib.architectures``; how the coefficients are delivered in
+``kelib.watching``. Their public names are repeated here.
 """
 
 from __future__ import annotations
@@ -50,17 +52,20 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 HALF_TOLERANCE = 3e-2
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def self_test(model: Any, input_ids: torch.Tensor | None = None) -> np.ndarray:
-    """Check on this very model that coefficients times V, plus the bias, is what its feed-forward layers give.
+    """Check on this very model that coefficients times V, plus the bias, is what its feed-forward
+    layers give.
 
-    A few tokens (``input_ids``, ``(B, T)``; default: 2 x 8 arbitrary ones) run through the trunk twice, with and
-    without kelib's hooks. Per layer ``c V + b`` (for experts the sum of :class:`Mixture`) is computed in float64 and
-    compared with the output that the layer gave without hooks; in a gated layer also ``act(gate x) * up x`` with ``c``,
-    where the activation can be found, so that gate and up cannot be confused.
+    A few tokens (``input_ids``, ``(B, T)``; default: 2 x 8 arbitrary ones) run through the trunk
+    twice, with and without kelib's hooks. Per layer ``c V + b`` (for experts the sum of
+    :class:`Mixture`) is computed in float64 and compared with the output that the layer gave
+    without hooks; in a gated layer also ``act(gate x) * up x`` with ``c``, where the activation can
+    be found, so that gate and up cannot be confused.
 
-    Returns the relative error of each layer, ``(layers,)``, ``‖c V + b - FFN(x)‖ / ‖FFN(x)‖``. Raises KelibError if one is
-    above 1e-10 (float64), 1e-4 (float32) or 3e-2 (half precision), naming the layer.
+    Returns the relative error of each layer, ``(layers,)``, ``‖c V + b - FFN(x)‖ / ‖FFN(x)‖``.
+    Raises KelibError if one is above 1e-10 (float64), 1e-4 (float32) or 3e-2 (half precision),
+    naming the layer.
     """
     model = unwrap(model)
     layers = feed_forwards(model)
@@ -104,8 +109,10 @@ def self_test(model: Any, input_ids: torch.Tensor | None = None) -> np.ndarray:
         error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-300))
         if not error <= tolerance:
             raise KelibError(
-                f"layer {layer.layer}: coefficients times V differ from the output of the feed-forward layer "
-                f"{layer.name} by {error:.1e} of its size; the projections found are not its memory: name them "
+                f"layer {layer.layer}: coefficients times V differ from the output of the "
+                "feed-forward layer "
+                f"{layer.name} by {error:.1e} of its size; the projections found are not its "
+                "memory: name them "
                 "with kelib.ffn.register_architecture"
             )
         errors.append(error)
@@ -139,7 +146,9 @@ def _output_of(layer: Layer, firing: Firing) -> torch.Tensor:
 def _check_gate(
     ffn: FeedForward, values: torch.Tensor, keys: dict[str, torch.Tensor], tolerance: float
 ) -> None:
-    """Raise KelibError if ``c`` is not ``act(gate x) * up x``, where the activation can be found."""
+    """Raise KelibError if ``c`` is not ``act(gate x) * up x``, where the activation can be
+    found.
+    """
     found = [getattr(ffn.place, name) for name in ACTIVATION_NAMES if hasattr(ffn.place, name)]
     if ffn.gate is None or not found:
         return
@@ -147,6 +156,8 @@ def _check_gate(
     error = float((_exact(values) - expected).norm() / expected.norm().clamp(min=1e-300))
     if not error <= tolerance:
         raise KelibError(
-            f"layer {ffn.layer}: the coefficients of {ffn.name} differ from act(gate x) * up x by {error:.1e} of their "
-            "size; gate and up are probably exchanged: name them with kelib.ffn.register_architecture"
+            f"layer {ffn.layer}: the coefficients of {ffn.name} differ from act(gate x) * up x by "
+            f"{error:.1e} of their "
+            "size; gate and up are probably exchanged: name them with "
+            "kelib.ffn.register_architecture"
         )

@@ -1,4 +1,6 @@
-"""Which passage goes into which sequence of which step: a table that one can print before training."""
+"""Which passage goes into which sequence of which step: a table that one can print before
+training.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ def injection_schedule(
 ) -> pd.DataFrame:
     """The paper's protocol as a table with columns step, row, entry_set, entry, passage.
 
-    At each of ``injections`` moments, ``steps / injections`` apart and the last one in the last step (as
-    released), every paraphrase entry shows another one of its wordings and an even share of the once
-    entries shows its original. ``step`` counts from 0. Where more passages are due than a batch has
-    sequences, the surplus moves to the steps just before, so that none is dropped; ``moved`` counts by
-    how many steps. Rows within a batch are drawn from ``seed``.
+    At each of ``injections`` moments, ``steps / injections`` apart and the last one in the last
+    step (as released), every paraphrase entry shows another one of its wordings and an even share
+    of the once entries shows its original. ``step`` counts from 0. Where more passages are due
+    than a batch has sequences, the surplus moves to the steps just before, so that none is
+    dropped; ``moved`` counts by how many steps. Rows within a batch are drawn from ``seed``.
     """
     if steps % injections:
         raise KelibError(f"steps = {steps} must be a multiple of injections = {injections}")
@@ -67,7 +69,9 @@ class Injector:
                 raise KelibError(f"entry {key} has a passage without tokens")
 
     def apply(self, batch: np.ndarray, step: int) -> np.ndarray:
-        """A copy of ``batch`` ``(B, T)`` with this step's passages in place (the batch itself without any)."""
+        """A copy of ``batch`` ``(B, T)`` with this step's passages in place (the batch itself
+        without any).
+        """
         due = self._by_step.get(step)
         if due is None:
             return batch

@@ -18,10 +18,11 @@ def resuscitation_multipliers(
 ) -> np.ndarray:
     """Multiplier of each memory of one layer, ``(m,)`` float64: 1 for those left alone.
 
-    ``idx = {i : C̄_i <= quantile(C̄, p)}`` and ``u_i = q mean(C̄) / C̄_i`` for ``i`` in ``idx`` (Algorithm 1,
-    p = ``ratio``, q = ``factor``; linear quantile). ``p = 0`` changes nothing: the paper's ``<=`` would still take
-    the smallest coefficient. Raises KelibError for p outside [0, 1], q <= 0, coefficients that are negative or
-    not finite, and for a woken memory whose coefficient is 0, which no finite multiplier can wake.
+    ``idx = {i : C̄_i <= quantile(C̄, p)}`` and ``u_i = q mean(C̄) / C̄_i`` for ``i`` in ``idx``
+    (Algorithm 1, p = ``ratio``, q = ``factor``; linear quantile). ``p = 0`` changes nothing: the
+    paper's ``<=`` would still take the smallest coefficient. Raises KelibError for p outside [0,
+    1], q <= 0, coefficients that are negative or not finite, and for a woken memory whose
+    coefficient is 0, which no finite multiplier can wake.
     """
     if not 0 <= ratio <= 1:
         raise KelibError(f"resuscitation ratio p = {ratio} must lie between 0 and 1")
@@ -52,15 +53,15 @@ def resuscitate(
 ) -> Any:
     """A new model in which the least active memories of every layer are scaled up (Algorithm 1).
 
-    The rows ``idx`` of the up projection are multiplied by ``u``. In a gated layer (OLMo, Llama) this
-    multiplies exactly those coefficients by ``u``; behind a GELU or ReLU with a bias it does not (the paper
-    defines it on OLMo only), and kelib refuses those models here.
+    The rows ``idx`` of the up projection are multiplied by ``u``. In a gated layer (OLMo, Llama)
+    this multiplies exactly those coefficients by ``u``; behind a GELU or ReLU with a bias it does
+    not (the paper defines it on OLMo only), and kelib refuses those models here.
 
     Args:
         mean_coefficients: per layer ``(m,)``, as :func:`kelib.measure_entropy` returns them.
 
-    Raises KelibError where :func:`resuscitation_multipliers` does, if vectors and layers do not fit, and for
-    a model whose feed-forward layers are not gated, or share one up projection.
+    Raises KelibError where :func:`resuscitation_multipliers` does, if vectors and layers do not
+    fit, and for a model whose feed-forward layers are not gated, or share one up projection.
     """
     changed = copy.deepcopy(model)
     layers = feed_forwards(changed)
@@ -81,7 +82,8 @@ def resuscitate(
             )
         if ffn.gate is None:
             raise KelibError(
-                f"layer {ffn.layer} of {type(model).__name__} is not gated: scaling its up projection does not "
+                f"layer {ffn.layer} of {type(model).__name__} is not gated: scaling its up "
+                "projection does not "
                 "scale its coefficients"
             )
         multipliers = resuscitation_multipliers(coefficients, ratio, factor)

@@ -1,8 +1,8 @@
 """What one run does, by kind: build a corpus, pretrain, measure a checkpoint, continue from it.
 
-Each function gets the settings of the run, the folders of its inputs and the folder to write into. That
-folder becomes visible under its final name only when the function returns (see ``runs.py``), so a job
-may leave what it likes there and find it again after a kill.
+Each function gets the settings of the run, the folders of its inputs and the folder to write into.
+That folder becomes visible under its final name only when the function returns (see ``runs.py``),
+so a job may leave what it likes there and find it again after a kill.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def corpus(settings: Settings, inputs: Inputs, folder: Path, progress: Progress)
 
 
 def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Pretrain from scratch; writes ``stepNNNNNNN`` checkpoints and ``losses.json`` (nats per token)."""
+    """Pretrain from scratch; writes ``stepNNNNNNN`` checkpoints and ``losses.json`` (nats per
+    token).
+    """
     from kelib.checkpoints import new_model, save_checkpoint
     from kelib.training import Trainer
 
@@ -114,7 +116,9 @@ def measure(settings: Settings, inputs: Inputs, folder: Path, progress: Progress
 
 
 def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Continue one checkpoint on domain text, with or without injection, perhaps after an intervention."""
+    """Continue one checkpoint on domain text, with or without injection, perhaps after an
+    intervention.
+    """
     from kelib.checkpoints import load_checkpoint, step_folder
     from kelib.entropy import EntropyMeasurement, measure_entropy
     from kelib.evaluation import block_batches, evaluate

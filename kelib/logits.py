@@ -18,7 +18,8 @@ def require_head(model: Any) -> None:
     """Raise KelibError if ``model`` has no vocabulary projection."""
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise KelibError(
-            f"{type(model).__name__} has no vocabulary projection, so no next-token entropy; load it with "
+            f"{type(model).__name__} has no vocabulary projection, so no next-token entropy; load "
+            "it with "
             "AutoModelForCausalLM"
         )
 
@@ -26,12 +27,13 @@ def require_head(model: Any) -> None:
 def next_token_entropies(
     model: Any, trunk: Any, output_type: type, hidden: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Entropy in nats of the model's next-token distribution, for ``hidden`` ``(n, d)``, the trunk's last states.
+    """Entropy in nats of the model's next-token distribution, for ``hidden`` ``(n, d)``, the
+    trunk's last states.
 
-    Yields (rows, entropy of these rows) until all n are done; never are the logits of all rows held. Logits are the
-    model's own: its forward function runs with the trunk replaced by one that returns the given states, so
-    that scaling, soft-capping, biases and the like are what the model makes of them. Entropies are float32, of a
-    float64 model float64.
+    Yields (rows, entropy of these rows) until all n are done; never are the logits of all rows
+    held. Logits are the model's own: its forward function runs with the trunk replaced by one that
+    returns the given states, so that scaling, soft-capping, biases and the like are what the model
+    makes of them. Entropies are float32, of a float64 model float64.
     """
     words = model.get_output_embeddings().weight.shape[0]
     budget = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS

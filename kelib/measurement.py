@@ -1,4 +1,6 @@
-"""What a measurement of entropy holds: sums over sequences, and all that follows from them. No torch."""
+"""What a measurement of entropy holds: sums over sequences, and all that follows from them. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kelib.errors import KelibError
-
-BLOCKS = 64  # sequence n belongs to block n mod 64
+from kelib.jackknife import Sums, add_sums, jackknife_error
 
 
 def shannon_entropy(weights: np.ndarray) -> np.ndarray:
-    """``-sum p ln p`` in nats with ``p = weights / sum(weights)`` along the last axis and ``0 ln 0 = 0``.
+    """``-sum p ln p`` in nats with ``p = weights / sum(weights)`` along the last axis and ``0 ln 0
+    = 0``.
 
-    Lies between 0 (one weight carries all) and ``ln m`` (all equal). Unlike the authors' code nothing is
-    added inside the logarithm. Raises KelibError for negative, non-finite or all-zero weights.
+    Lies between 0 (one weight carries all) and ``ln m`` (all equal). Unlike the authors' code
+    nothing is added inside the logarithm. Raises KelibError for negative, non-finite or all-zero
+    weights.
     """
     weights = np.asarray(weights, dtype=np.float64)
     if not np.isfinite(weights).all():
@@ -43,54 +46,15 @@ def shannon_entropy(weights: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums over sequences of means over their tokens, float64, by block of sequences on the first axis.
-
-    Attributes:
-        sequences: ``(blocks,)``, how many sequences each block has.
-        coefficients: per layer ``(blocks, m)``; empty if knowledge entropy was not asked for.
-        attention: per attention layer ``(blocks, heads)``, nats; empty if not asked for.
-        next_token: ``(blocks,)``, nats; None if not asked for.
-    """
-
-    sequences: np.ndarray
-    coefficients: tuple[np.ndarray, ...]
-    attention: tuple[np.ndarray, ...] = ()
-    next_token: np.ndarray | None = None
-
-    def arrays(self) -> list[np.ndarray]:
-        """All of them, in one order."""
-        last = [] if self.next_token is None else [self.next_token]
-        return [self.sequences, *self.coefficients, *self.attention, *last]
-
-    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> Sums:
-        """The same sums with ``change`` applied to every array."""
-        return Sums(
-            change(self.sequences),
-            tuple(change(a) for a in self.coefficients),
-            tuple(change(a) for a in self.attention),
-            None if self.next_token is None else change(self.next_token),
-        )
-
-    def named(self, prefix: str) -> dict[str, np.ndarray]:
-        """Name and array of each, for a file."""
-        tensors = {f"{prefix}layer.{i}": a for i, a in enumerate(self.coefficients)}
-        tensors |= {f"{prefix}attention.{i}": a for i, a in enumerate(self.attention)}
-        return tensors | (
-            {} if self.next_token is None else {f"{prefix}next_token": self.next_token}
-        )
-
-
-@dataclass(frozen=True)
 class EntropyMeasurement:
     """Sums over the sequences of a data set, and the entropies that follow from them.
 
     Attributes:
-        coefficient_sums: per layer ``(m,)`` float64, the sum over sequences of the per-sequence mean coefficient;
-            empty if knowledge entropy was not asked for.
+        coefficient_sums: per layer ``(m,)`` float64, the sum over sequences of the per-sequence
+            mean coefficient; empty if knowledge entropy was not asked for.
         sequences, tokens: how many were read (padding not counted).
-        attention_sums: per attention layer ``(heads,)`` float64, the sum over sequences of the mean over positions of
-            the entropy of a row of attention; empty if not asked for.
+        attention_sums: per attention layer ``(heads,)`` float64, the sum over sequences of the mean
+            over positions of the entropy of a row of attention; empty if not asked for.
         next_token_sum: the same of the next-token distribution; None if not asked for.
         coefficient: name of the coefficient definition.
         router_weight: whether the coefficients of experts carry the router's weight.
@@ -108,12 +72,15 @@ class EntropyMeasurement:
 
     @property
     def mean_coefficients(self) -> tuple[np.ndarray, ...]:
-        """``C̄_i = (1/|D|) sum_n (1/T_n) sum_j |c_i(n, j)|`` per layer, ``(m,)`` float64 (Eq. 2)."""
+        """``C̄_i = (1/|D|) sum_n (1/T_n) sum_j |c_i(n, j)|`` per layer, ``(m,)`` float64 (Eq.
+        2).
+        """
         return tuple(total / self.sequences for total in self.coefficient_sums)
 
     @property
     def knowledge_entropy(self) -> np.ndarray:
-        """``H_l`` per layer, ``(layers,)`` nats, each between 0 and ``ln m``; their sum is the paper's H (Eq. 2).
+        """``H_l`` per layer, ``(layers,)`` nats, each between 0 and ``ln m``; their sum is the
+        paper's H (Eq. 2).
 
         Raises KelibError if it was not asked for, or if the coefficients of a layer sum to 0.
         """
@@ -121,13 +88,15 @@ class EntropyMeasurement:
 
     @property
     def attention_entropy(self) -> np.ndarray:
-        """Mean entropy of a row of attention, ``(layers, heads)`` nats (Eq. 3); the paper's number is the sum over
+        """Mean entropy of a row of attention, ``(layers, heads)`` nats (Eq. 3); the paper's number
+        is the sum over
         layers of the mean over heads. Where layers differ in heads, missing ones are NaN. KelibError if not asked for."""
         return _table(_asked(self.attention_sums, "attention")) / self.sequences
 
     @property
     def next_token_entropy(self) -> float:
-        """Mean entropy of the next-token distribution, nats, between 0 and ln of the vocabulary (A.4).
+        """Mean entropy of the next-token distribution, nats, between 0 and ln of the vocabulary
+        (A.4).
 
         Raises KelibError if it was not asked for.
         """
@@ -140,7 +109,9 @@ class EntropyMeasurement:
 
     @property
     def effective_memories(self) -> np.ndarray:
-        """``exp(H_l) / m`` per layer, between 0 and 1: comparable between sizes (ours, not the paper's)."""
+        """``exp(H_l) / m`` per layer, between 0 and 1: comparable between sizes (ours, not the
+        paper's).
+        """
         widths = np.array([len(total) for total in self.coefficient_sums])
         return np.exp(self.knowledge_entropy) / widths
 
@@ -148,22 +119,27 @@ class EntropyMeasurement:
     def knowledge_entropy_error(self) -> np.ndarray:
         """Standard error of :attr:`knowledge_entropy`, ``(layers,)`` nats.
 
-        A delete-a-group jackknife over at most 64 blocks; sequence n of the data set belongs to block n mod 64, so
-        sequences count as exchangeable: where neighbours share a document, shuffle first. Raises KelibError without
-        ``uncertainty=True`` or with fewer than two sequences.
+        A delete-a-group jackknife over at most 64 blocks; sequence n of the data set belongs to
+        block n mod 64, so sequences count as exchangeable: where neighbours share a document,
+        shuffle first. Raises KelibError without ``uncertainty=True`` or with fewer than two
+        sequences.
         """
         _asked(self.coefficient_sums, "knowledge")
         return self._error(lambda sums: _entropies(sums.coefficients))
 
     @property
     def total_knowledge_entropy_error(self) -> float:
-        """Standard error of the sum over layers of the knowledge entropy, nats (jackknife, as above)."""
+        """Standard error of the sum over layers of the knowledge entropy, nats (jackknife, as
+        above).
+        """
         _asked(self.coefficient_sums, "knowledge")
         return float(self._error(lambda sums: _entropies(sums.coefficients).sum()))
 
     @property
     def attention_entropy_error(self) -> np.ndarray:
-        """Standard error of :attr:`attention_entropy`, ``(layers, heads)`` nats (jackknife, as above)."""
+        """Standard error of :attr:`attention_entropy`, ``(layers, heads)`` nats (jackknife, as
+        above).
+        """
         _asked(self.attention_sums, "attention")
         return self._error(lambda sums: _table(sums.attention) / sums.sequences)
 
@@ -174,49 +150,21 @@ class EntropyMeasurement:
         return float(self._error(lambda sums: np.asarray(sums.next_token) / sums.sequences))
 
     def _error(self, statistic: Callable[[Sums], Any]) -> np.ndarray:
-        """Jackknife for groups of unequal size (Busing, Meijer and van der Leeden, 1999)."""
-        blocks = self.blocks
-        if blocks is None:
+        if self.blocks is None:
             raise KelibError("no blocks to estimate an error from: measure with uncertainty=True")
-        filled = np.flatnonzero(blocks.sequences)
-        if len(filled) < 2:
-            raise KelibError(
-                f"{self.sequences} sequence gives no standard error; measure two or more"
-            )
-        whole = blocks.map(lambda a: a.sum(axis=0))
-        estimate = np.asarray(statistic(whole))
-        without = [
-            statistic(
-                Sums(
-                    whole.sequences - blocks.sequences[b],
-                    tuple(
-                        t - a[b]
-                        for t, a in zip(whole.coefficients, blocks.coefficients, strict=True)
-                    ),
-                    tuple(t - a[b] for t, a in zip(whole.attention, blocks.attention, strict=True)),
-                    None
-                    if blocks.next_token is None or whole.next_token is None
-                    else whole.next_token - blocks.next_token[b],
-                )
-            )
-            for b in filled
-        ]
-        left_out = np.array(without)
-        shape = (-1, *([1] * estimate.ndim))
-        groups = (whole.sequences / blocks.sequences[filled]).reshape(shape)
-        combined = len(filled) * estimate - ((1 - 1 / groups) * left_out).sum(axis=0)
-        pseudo = groups * estimate - (groups - 1) * left_out
-        return np.sqrt((((pseudo - combined) ** 2) / (groups - 1)).mean(axis=0))
+        return jackknife_error(self.blocks, statistic)
 
     def merge(self, other: EntropyMeasurement) -> EntropyMeasurement:
         """The measurement of both data sets together.
 
-        Raises KelibError if the two differ in shapes, in the coefficient definition or in what was asked for.
+        Raises KelibError if the two differ in shapes, in the coefficient definition or in what was
+        asked for.
         """
         kinds = [(m.coefficient, m.router_weight) for m in (self, other)]
         if kinds[0] != kinds[1]:
             raise KelibError(
-                f"measurements of different coefficients cannot be merged: {kinds[0]} and {kinds[1]}"
+                f"measurements of different coefficients cannot be merged: {kinds[0]} and "
+                f"{kinds[1]}"
             )
         held = [[a.shape for a in m._totals().arrays()] for m in (self, other)]
         if held[0] != held[1]:
@@ -226,7 +174,7 @@ class EntropyMeasurement:
             )
         if (self.blocks is None) != (other.blocks is None):
             raise KelibError("one of the two measurements has no blocks: measure both alike")
-        total = _add(self._totals(), other._totals())
+        total = add_sums(self._totals(), other._totals())
         return replace(
             self,
             coefficient_sums=total.coefficients,
@@ -236,7 +184,7 @@ class EntropyMeasurement:
             tokens=self.tokens + other.tokens,
             blocks=None
             if self.blocks is None or other.blocks is None
-            else _add(self.blocks, other.blocks),
+            else add_sums(self.blocks, other.blocks),
         )
 
     def _totals(self) -> Sums:
@@ -244,7 +192,9 @@ class EntropyMeasurement:
         return Sums(np.asarray(self.sequences), self.coefficient_sums, self.attention_sums, last)
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (safetensors, counts and definition as JSON in its metadata), whole or not at all."""
+        """Write ``path`` (safetensors, counts and definition as JSON in its metadata), whole or not
+        at all.
+        """
         tensors = self._totals().named("")
         if self.blocks is not None:
             tensors |= self.blocks.named("blocks.") | {"blocks.sequences": self.blocks.sequences}
@@ -299,12 +249,6 @@ class EntropyMeasurement:
 def _numbered(tensors: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, ...]:
     count = sum(name.startswith(prefix) for name in tensors)
     return tuple(tensors[f"{prefix}{i}"] for i in range(count))
-
-
-def _add(one: Sums, other: Sums) -> Sums:
-    more = iter(other.arrays())
-    added = iter([a + next(more) for a in one.arrays()])
-    return one.map(lambda _: next(added))
 
 
 def _asked(value: Any, name: str) -> Any:

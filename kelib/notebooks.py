@@ -1,4 +1,6 @@
-"""Run a notebook with parameters: checked before, whole or not at all, a failed copy kept for reading."""
+"""Run a notebook with parameters: checked before, whole or not at all, a failed copy kept for
+reading.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from kelib.errors import KelibError, listing
 def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
     """Execute ``notebook`` by papermill and keep the executed copy as ``output``.
 
-    Written under a temporary name first. If a cell fails, the copy goes to ``<output>.failed.ipynb`` and a
-    KelibError names the cell's error; ``output`` is then left as it was. An unknown parameter is an error
-    (papermill itself only warns).
+    Written under a temporary name first. If a cell fails, the copy goes to
+    ``<output>.failed.ipynb`` and a KelibError names the cell's error; ``output`` is then left as
+    it was. An unknown parameter is an error (papermill itself only warns).
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -28,7 +30,8 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     unknown = [name for name in parameters if name not in known]
     if unknown:
         raise KelibError(
-            f"{notebook.name} has no parameter {listing(unknown)}; its parameters are {listing(known)}"
+            f"{notebook.name} has no parameter {listing(unknown)}; "
+            f"its parameters are {listing(known)}"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
@@ -58,7 +61,9 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
 
 
 class _Terminal:
-    """Passes progress lines of the running notebook on to the terminal; tables stay in the notebook."""
+    """Passes progress lines of the running notebook on to the terminal; tables stay in the
+    notebook.
+    """
 
     def write(self, text: str) -> int:
         for line in text.splitlines():

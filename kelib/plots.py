@@ -1,4 +1,5 @@
-"""Table and Axes in, Axes out. Estimation is done before (``kelib.metrics``), files are written after.
+"""Table and Axes in, Axes out. Estimation is done before (``kelib.metrics``), files are written
+after.
 
 Colours are the Okabe-Ito set, told apart by colour-blind readers, and every series has a marker of
 its own for print in grey.
@@ -59,9 +60,9 @@ def panels(
 def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:
     """Mean and 95 % t interval of ``value`` per group: columns ``by``, n, mean, low, high.
 
-    CL seeds are averaged inside a pretraining seed first. With several pretraining seeds the interval is
-    over these (the unit of the study); with one it is over CL seeds, and says nothing about other pretraining
-    runs. NaN bounds mean a single value. The column ``unit`` names which.
+    CL seeds are averaged inside a pretraining seed first. With several pretraining seeds the
+    interval is over these (the unit of the study); with one it is over CL seeds, and says nothing
+    about other pretraining runs. NaN bounds mean a single value. The column ``unit`` names which.
     """
     several = table["seed"].nunique() > 1
     keys = list(by)
@@ -86,10 +87,11 @@ def _series(ax: Axes, x: Any, part: pd.DataFrame, index: int, label: str, **styl
 
 
 def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, int]) -> Axes:
-    """Knowledge entropy (summed over layers, nats) against the step, all three phases, logarithmic steps.
+    """Knowledge entropy (summed over layers, nats) against the step, all three phases, logarithmic
+    steps.
 
-    ``totals`` has columns seed, step, entropy_nats, bound_nats. The peak and the stages that continual learning starts from are
-    marked for the first seed.
+    ``totals`` has columns seed, step, entropy_nats, bound_nats. The peak and the stages that
+    continual learning starts from are marked for the first seed.
     """
     for index, (seed, part) in enumerate(totals.groupby("seed")):
         colour = COLOURS[index % len(COLOURS)]
@@ -160,7 +162,8 @@ def by_stage(
 ) -> Axes:
     """A quantity against the pretraining stage, one line a CL learning rate, with 95 % intervals.
 
-    ``summary`` comes from :func:`summarise` by learning_rate and stage_step; ``ticks`` maps steps to labels.
+    ``summary`` comes from :func:`summarise` by learning_rate and stage_step; ``ticks`` maps steps
+    to labels.
     """
     steps = sorted(ticks)
     for index, (rate, part) in enumerate(summary.groupby("learning_rate", sort=False)):
@@ -177,7 +180,8 @@ def by_stage(
 def by_arm(
     summary: pd.DataFrame, ax: Axes, arms: Sequence[str], ylabel: str, scale: float = 1.0
 ) -> Axes:
-    """A quantity for each intervention arm, one marker a CL rate; a dashed line at the first arm (the original).
+    """A quantity for each intervention arm, one marker a CL rate; a dashed line at the first arm
+    (the original).
 
     ``summary`` comes from :func:`summarise` by learning_rate and arm.
     """
@@ -194,7 +198,8 @@ def by_arm(
 
 
 def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
-    """Effect of every claim in units of its smallest effect of interest, signed so that right is the paper's direction.
+    """Effect of every claim in units of its smallest effect of interest, signed so that right is
+    the paper's direction.
 
     ``claims`` has columns label, mean, low95, high95, smallest_effect, direction, verdict.
     """
@@ -239,7 +244,8 @@ def _regime_lines(table: pd.DataFrame, ax: Axes, chosen: str, value: str, ylabel
 def regimes(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
     """Knowledge entropy minus its bound (nats) along pretraining, for every regime tried.
 
-    ``table`` has columns regime, seed, share (of pretraining, 0 to 1), gap_nats. The chosen regime is thick.
+    ``table`` has columns regime, seed, share (of pretraining, 0 to 1), gap_nats. The chosen regime
+    is thick.
     """
     return _regime_lines(table, ax, chosen, "gap_nats", "knowledge entropy minus bound (nats)")
 

@@ -9,14 +9,18 @@ import torch
 import torch.distributed as dist
 
 from kelib.errors import KelibError
-from kelib.measurement import Sums
+from kelib.jackknife import Sums
 
 
 class Processes:
-    """The processes that measure together: this one alone, or those of a torch.distributed group."""
+    """The processes that measure together: this one alone, or those of a torch.distributed
+    group.
+    """
 
     def __init__(self, group: Any = None) -> None:
-        """``group``: None, ``"world"`` (all of them, or this one alone if none were launched), or a ProcessGroup."""
+        """``group``: None, ``"world"`` (all of them, or this one alone if none were launched), or a
+        ProcessGroup.
+        """
         if isinstance(group, str) and group != "world":
             raise KelibError(
                 f"process_group {group!r} is not known; pass 'world' or a ProcessGroup"
@@ -32,7 +36,8 @@ class Processes:
     def agree(self, error: Exception | None, facts: Any) -> list[Any]:
         """The facts of every process, in rank order.
 
-        Raises ``error`` where it happened, and a KelibError that names it in every other process: none is left waiting.
+        Raises ``error`` where it happened, and a KelibError that names it in every other process:
+        none is left waiting.
         """
         if not self.together:
             if error is not None:

@@ -24,10 +24,12 @@ START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
 def promote(name: str) -> None:
     """Copy measurements to ``data/reference/<name>`` and figures to ``figures/reference/<name>``.
 
-    ``name`` is a profile or ``search``. Measurements are tables, their provenance and mean-coefficient
+    ``name`` is a profile or ``search``. Measurements are tables, their provenance and
+    mean-coefficient
     vectors: no weights, no text. Then the figure notebooks are executed in place, so that their
-    committed outputs come from these very numbers, and the generated parts of the README are written
-    anew. Raises KelibError if a table or figure is missing or was changed after it was written.
+    committed outputs come from these very numbers, and the generated parts of the README are
+    written anew. Raises KelibError if a table or figure is missing or was changed after it was
+    written.
     """
     root = repository_root()
     measured, drawn = root / "data" / "measurements" / name, root / "figures" / name
@@ -88,7 +90,9 @@ def claims_markdown(claims: pd.DataFrame) -> str:
 
 
 def replace_generated(text: str, name: str, content: str) -> str:
-    """Replace what stands between the two markers called ``name``. KelibError if they are not there."""
+    """Replace what stands between the two markers called ``name``. KelibError if they are not
+    there.
+    """
     start, end = START.format(name=name), END.format(name=name)
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
@@ -142,9 +146,8 @@ def figures_markdown(tables: Tables) -> str:
     ]
     for (figure, name, ours, paper), spent in zip(lines, [*minutes, "0"], strict=True):
         target = f"`figures/{profile.profile}/{name}.json`"
-        text.append(
-            f"| {figure} | [{name}](notebooks/{name}.ipynb) | {target} | {spent} | {ours} | {paper} |"
-        )
+        link = f"[{name}](notebooks/{name}.ipynb)"
+        text.append(f"| {figure} | {link} | {target} | {spent} | {ours} | {paper} |")
     return "\n".join(text)
 
 

@@ -1,4 +1,6 @@
-"""Finished measurements, opened for drawing, and figures written with their provenance. No torch here."""
+"""Finished measurements, opened for drawing, and figures written with their provenance. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ class Tables:
 
 
 def open_tables(name: str, source: str = "reference") -> Tables:
-    """Open the committed reference of a profile, or with ``source="measurements"`` what ``make`` just computed.
+    """Open the committed reference of a profile, or with ``source="measurements"`` what ``make``
+    just computed.
 
     Figures drawn from fresh measurements go to ``figures/<name>``; figures drawn from the
     reference go to a temporary folder, for ``make reference`` alone writes the committed ones.
@@ -77,7 +80,8 @@ def open_tables(name: str, source: str = "reference") -> Tables:
 def save_figure(
     figure: Any, name: str, plotted: pd.DataFrame, results: Tables, inputs: list[str]
 ) -> dict[str, Any]:
-    """Write ``name``.pdf, .png, .csv (the plotted numbers) and .json (provenance) into ``results.output``.
+    """Write ``name``.pdf, .png, .csv (the plotted numbers) and .json (provenance) into
+    ``results.output``.
 
     The JSON is written last, so that it stands for a complete set. Profile, seeds and digest are
     stamped into the corner of the figure. Returns the provenance.

@@ -1,4 +1,6 @@
-"""The search that chose the regime of the small model: variants of a profile on seeds never reported."""
+"""The search that chose the regime of the small model: variants of a profile on seeds never
+reported.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SEARCH_SEEDS = range(10)  # 0-9 search, 100 and up are reported
 
 @dataclass(frozen=True)
 class Variant:
-    """One regime on one seed. ``continual``: its stages are continued too, to choose the CL rates."""
+    """One regime on one seed. ``continual``: its stages are continued too, to choose the CL
+    rates.
+    """
 
     regime: str
     study: Study
@@ -32,8 +36,9 @@ class Variant:
 def load_search(path: Path | None = None, data: Path | None = None) -> tuple[str, list[Variant]]:
     """(chosen regime, variants) from ``notebooks/params/search.yaml``.
 
-    Each regime gives ``overrides`` of the base profile and ``seeds``; ``continual: true`` continues its
-    stages. Raises KelibError for unknown keys and for seeds that are not search seeds.
+    Each regime gives ``overrides`` of the base profile and ``seeds``; ``continual: true``
+    continues its stages. Raises KelibError for unknown keys and for seeds that are not search
+    seeds.
     """
     root = repository_root()
     content = read_yaml(path or root / "notebooks" / "params" / "search.yaml")
@@ -44,7 +49,8 @@ def load_search(path: Path | None = None, data: Path | None = None) -> tuple[str
         for seed in values["seeds"]:
             if seed not in SEARCH_SEEDS:
                 raise KelibError(
-                    f"regimes.{regime}.seeds has {seed}: search seeds are 0 to 9, others are reported"
+                    f"regimes.{regime}.seeds has {seed}: search seeds are 0 to 9, the others are "
+                    "reported"
                 )
             overrides = {**(values.get("overrides") or {}), "seeds": [seed]}
             profile = dataclasses.replace(load_profile(content["base"], overrides), profile=NAME)
@@ -66,7 +72,9 @@ def _check_keys(values: Any, known: set[str], where: str) -> None:
 
 
 def run_search(variants: list[Variant]) -> dict[str, pd.DataFrame]:
-    """Do what is missing; write and return the tables entropy, checkpoints and continual by regime."""
+    """Do what is missing; write and return the tables entropy, checkpoints and continual by
+    regime.
+    """
     workers = variants[0].study.profile.workers
     measure = [run for v in variants for run in v.study.measure_runs()]
     execute(measure, workers, "search")

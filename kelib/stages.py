@@ -1,6 +1,7 @@
 """What the stage notebooks call: do the missing runs of a stage, then write its measurement tables.
 
-Each stage reads the tables of the one before it and nothing else; calling one twice does nothing twice.
+Each stage reads the tables of the one before it and nothing else; calling one twice does nothing
+twice.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ TABLES = ("pretraining", "entropy", "checkpoints", "continual", "interventions")
 def open_study(
     profile: str, overrides: Mapping[str, Any] | None = None, scratch: bool = False
 ) -> Study:
-    """A study whose data goes to ``data/`` of the repository, or with ``scratch`` to a temporary folder.
+    """A study whose data goes to ``data/`` of the repository, or with ``scratch`` to a temporary
+    folder.
 
-    The temporary folder is the same for the same code, so that opening one stage notebook after another
-    does not pretrain each time.
+    The temporary folder is the same for the same code, so that opening one stage notebook after
+    another does not pretrain each time.
     """
     chosen = load_profile(profile, overrides)
     if scratch:
@@ -88,7 +90,9 @@ def continual(study: Study) -> pd.DataFrame:
 
 
 def intervene(study: Study) -> pd.DataFrame:
-    """Stage 4: resuscitation of the last stage, then continual learning. Originals stand in the same table."""
+    """Stage 4: resuscitation of the last stage, then continual learning. Originals stand in the
+    same table.
+    """
     runs = study.intervention_runs()
     study.run(runs, "resuscitation")
     entropy, checkpoints = table(study, "entropy"), table(study, "checkpoints")

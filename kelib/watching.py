@@ -22,9 +22,12 @@ class Firing:
     Attributes:
         layer: index of the layer.
         first: number of the first of these memories within the layer (0 in a dense layer).
-        values: ``(n, k)``, the signed coefficients, in the model's dtype. Must not be changed in place.
-        tokens: ``(n,)``, which of the ``B T`` tokens each row belongs to; None if all of them, in order.
-        scale: ``(n,)``, the router's weight (or the gate of a shared expert) of each row; None if there is none.
+        values: ``(n, k)``, the signed coefficients, in the model's dtype. Must not be changed in
+            place.
+        tokens: ``(n,)``, which of the ``B T`` tokens each row belongs to; None if all of them, in
+            order.
+        scale: ``(n,)``, the router's weight (or the gate of a shared expert) of each row; None if
+            there is none.
     """
 
     layer: int
@@ -41,15 +44,17 @@ OnFiring = Callable[[Firing], None]
 def watch_memories(
     layers: list[Layer], on_firing: OnFiring, *, relu: bool = False
 ) -> Iterator[None]:
-    """Call ``on_firing`` with every layer's coefficients at each forward pass while the scope lasts.
+    """Call ``on_firing`` with every layer's coefficients at each forward pass while the scope
+    lasts.
 
-    A dense layer fires once a pass; a mixture once for every expert that has a token, and once for every shared
-    expert. With ``relu`` the activation is replaced by ReLU and negative values become 0, for what is delivered, not
-    for what the model computes: ``max(0, relu(gate x) * up x)`` (Fig. 9), in a layer without a gate ``relu(up x)``.
+    A dense layer fires once a pass; a mixture once for every expert that has a token, and once for
+    every shared expert. With ``relu`` the activation is replaced by ReLU and negative values become
+    0, for what is delivered, not for what the model computes: ``max(0, relu(gate x) * up x)`` (Fig.
+    9), in a layer without a gate ``relu(up x)``.
 
-    Experts whose parameters are fused have no projection to hook: while the scope lasts their module runs kelib's own
-    loop over experts, the same sum in another order. Afterwards hooks and that loop are gone, also after an
-    exception.
+    Experts whose parameters are fused have no projection to hook: while the scope lasts their
+    module runs kelib's own loop over experts, the same sum in another order. Afterwards hooks and
+    that loop are gone, also after an exception.
     """
     with ExitStack() as undo:
         for layer in layers:
@@ -66,8 +71,8 @@ def watch_coefficients(
 ) -> Iterator[None]:
     """Call ``on_coefficients(layer, c)`` with the ``(B T, m)`` coefficients of every dense layer.
 
-    ``c`` must not be changed in place. Raises KelibError for a mixture of experts, whose coefficients come expert by
-    expert: use :func:`watch_memories`.
+    ``c`` must not be changed in place. Raises KelibError for a mixture of experts, whose
+    coefficients come expert by expert: use :func:`watch_memories`.
     """
     mixed = [layer.layer for layer in layers if isinstance(layer, Mixture)]
     if mixed:

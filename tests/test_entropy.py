@@ -1,4 +1,6 @@
-"""Entropy in one pass: exact on every architecture, invariant, mergeable, and gone without a trace."""
+"""Entropy in one pass: exact on every architecture, invariant, mergeable, and gone without a
+trace.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ import kelib.attention
 import kelib.logits
 from kelib.entropy import measure_entropy
 from kelib.errors import KelibError
-from kelib.measurement import BLOCKS, EntropyMeasurement, Sums, shannon_entropy
+from kelib.jackknife import BLOCKS, Sums
+from kelib.measurement import EntropyMeasurement, shannon_entropy
 from kelib.tables import stack_coefficients
 
 SEQUENCES = sequences_of([11, 7, 11, 3])
@@ -96,7 +99,10 @@ def test_experts_without_the_router_weight_match_float64(name: str) -> None:
 def test_each_entropy_alone_is_the_same_as_together(wanted: str) -> None:
     model, batches = build("gemma2"), [padded(SEQUENCES, "left")]
     chosen = {n: n == wanted for n in ("knowledge", "attention", "next_token")}
-    alone, together = measure_entropy(model, batches, **chosen), measure_entropy(model, batches, **ALL)
+    alone, together = (
+        measure_entropy(model, batches, **chosen),
+        measure_entropy(model, batches, **ALL),
+    )
     for name in chosen:
         if name == wanted:
             found = getattr(alone, f"{name}_entropy")
@@ -125,7 +131,9 @@ def test_lists_and_arrays_do_as_input() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen2_moe"])
 def test_gpu_matches_float64(name: str) -> None:
-    found = measure_entropy(build(name).cuda(), [padded(SEQUENCES, "left")], uncertainty=True, **ALL)
+    found = measure_entropy(
+        build(name).cuda(), [padded(SEQUENCES, "left")], uncertainty=True, **ALL
+    )
     close(found.knowledge_entropy, reference(name).knowledge("absolute"), 1e-5)
     close(found.attention_entropy, reference(name).attention, 1e-5)
     close(found.next_token_entropy, reference(name).next_token, 1e-5)
@@ -270,7 +278,9 @@ def test_merge_of_halves_is_the_whole(uncertainty: bool, tmp_path: Path) -> None
     batches = [padded([s], "left") for s in sequences_of([5] * (2 * BLOCKS))]
     wanted = {"uncertainty": uncertainty, **ALL}
     whole = measure_entropy(model, batches, **wanted)
-    halves = [measure_entropy(model, part, **wanted) for part in (batches[:BLOCKS], batches[BLOCKS:])]
+    halves = [
+        measure_entropy(model, part, **wanted) for part in (batches[:BLOCKS], batches[BLOCKS:])
+    ]
     merged = halves[0].merge(halves[1])
     same(merged, whole, 1e-12)
     if uncertainty:
@@ -294,7 +304,12 @@ def test_merge_refuses_what_does_not_fit() -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model, path = build("mixtral"), tmp_path / "found.safetensors"
     found = measure_entropy(
-        model, [padded(SEQUENCES, "left")], coefficient="relu", router_weight=False, uncertainty=True, **ALL
+        model,
+        [padded(SEQUENCES, "left")],
+        coefficient="relu",
+        router_weight=False,
+        uncertainty=True,
+        **ALL,
     )
     found.save(path)
     loaded = EntropyMeasurement.load(path)
@@ -328,7 +343,9 @@ def synthetic(random: np.random.Generator, sequences: int) -> EntropyMeasurement
 
 
 def test_jackknife_estimates_the_spread_of_the_entropy() -> None:
-    """Over many data sets the mean squared error estimate is the variance of the estimate; block sizes are unequal."""
+    """Over many data sets the mean squared error estimate is the variance of the estimate; block
+    sizes are unequal.
+    """
     random = np.random.default_rng(0)
     found = [synthetic(random, 150) for _ in range(1500)]
     spread = np.std([m.knowledge_entropy[0] for m in found])
@@ -360,14 +377,18 @@ def test_uncertainty_needs_blocks_and_two_sequences() -> None:
 
 
 def one_process(rank: int, count: int, folder: str) -> None:
-    """Runs in a process of its own: measure together, save what this rank got, and the errors it met."""
+    """Runs in a process of its own: measure together, save what this rank got, and the errors it
+    met.
+    """
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
     model, batches = build("qwen2_moe"), [padded([s], "left") for s in SEQUENCES + SEQUENCES[:1]]
     wanted: dict[str, Any] = {"uncertainty": True, "process_group": "world", **ALL}
     measure_entropy(model, batches, **wanted).save(Path(folder, f"shared{rank}"))
-    measure_entropy(model, batches[rank::count], sharded=True, **wanted).save(Path(folder, f"own{rank}"))
+    measure_entropy(model, batches[rank::count], sharded=True, **wanted).save(
+        Path(folder, f"own{rank}")
+    )
     measure_entropy(model, batches[:1], **wanted).save(Path(folder, f"single{rank}"))
     measure_entropy(model, batches[rank:], **ALL).save(Path(folder, f"alone{rank}"))
     messages = []
@@ -420,13 +441,20 @@ def test_data_that_cannot_be_measured() -> None:
         r"attention_mask has shape \(4, 3\), input_ids \(4, 11\)",
         batch | {"attention_mask": batch["attention_mask"][:, :3]},
     )
-    refuse(r"whole numbers of shape \(sequences, tokens\), not torch.int64 of shape \(11,\)", {"input_ids": SEQUENCES[0]})
+    refuse(
+        r"whole numbers of shape \(sequences, tokens\), not torch.int64 of shape \(11,\)",
+        {"input_ids": SEQUENCES[0]},
+    )
     refuse("whole numbers", {"input_ids": torch.zeros(2, 3)})
     refuse("mapping with input_ids, this one is or holds Tensor", batch["input_ids"])
     refuse("this one is or holds labels", {"labels": 1})
     refuse("hold token 97, the vocabulary has 97", {"input_ids": [[5, 97]]})
     refuse("hold token -100", {"input_ids": [[5, -100]]})
-    refuse("'squares' is not defined; choose one of absolute, contribution, relu", batch, coefficient="squares")
+    refuse(
+        "'squares' is not defined; choose one of absolute, contribution, relu",
+        batch,
+        coefficient="squares",
+    )
     refuse("nothing to measure", batch, knowledge=False)
     refuse("process_group 'all' is not known", batch, process_group="all")
     refuse(r"was given \(\d+, 40\) and returned \(\d+,\)", batch, coefficient=lambda c: c.sum(1))
@@ -454,7 +482,7 @@ def test_overflow_in_half_precision_is_told_from_bad_weights() -> None:
     model = build("llama").half()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(6e4)
-    with pytest.raises(KelibError, match="layer 1 .*the weights are finite.*dtype=torch.float32"):
+    with pytest.raises(KelibError, match=r"layer 1 .*the weights are finite.*dtype=torch.float32"):
         measure_entropy(model, [padded(SEQUENCES, "left")])
 
 
@@ -482,7 +510,7 @@ def test_models_that_lack_a_part() -> None:
     )
     for block in llama.model.layers:
         block.mlp = torch.nn.Identity()
-    with pytest.raises(KelibError, match="layer 0 of LlamaForCausalLM .* no feed-forward layer"):
+    with pytest.raises(KelibError, match=r"layer 0 of LlamaForCausalLM .* no feed-forward layer"):
         measure_entropy(llama, [batch])
     without = measure_entropy(llama, [batch], knowledge=False, **ALL)
     assert without.attention_entropy.shape == (2, 4) and without.coefficient_sums == ()

@@ -101,11 +101,13 @@ def test_watched_experts_compute_what_they_did(name: str) -> None:
             during = model(input_ids=IDS).logits
         assert calls == ["own"] and layer.experts.forward is own
         torch.testing.assert_close(during, before, rtol=1e-4, atol=1e-5)
-    with pytest.raises(KelibError, match="layer 1 is a mixture of experts .*dense layers"):
+    with pytest.raises(KelibError, match=r"layer 1 is a mixture of experts .*dense layers"):
         layer.up_rows()
-    with pytest.raises(KelibError, match="layer 1 is a mixture of experts: use .*watch_memories"):
-        with watch_coefficients([layer], lambda *_: None):
-            pass
+    with (
+        pytest.raises(KelibError, match=r"layer 1 is a mixture of experts: use .*watch_memories"),
+        watch_coefficients([layer], lambda *_: None),
+    ):
+        pass
 
 
 def test_hooks_go_away_after_an_exception() -> None:
@@ -171,8 +173,17 @@ def test_an_unknown_architecture_is_explained(unknown: Any) -> None:
     with pytest.raises(KelibError) as raised:
         feed_forwards(unknown)
     message = str(raised.value)
-    assert message.startswith("layer 0 of LlamaForCausalLM (LlamaDecoderLayer) has no feed-forward layer")
-    for part in ("dense_4h_to_h", "gate_up_proj", "found none", "mlp.first", "register_architecture", "self_test"):
+    assert message.startswith(
+        "layer 0 of LlamaForCausalLM (LlamaDecoderLayer) has no feed-forward layer"
+    )
+    for part in (
+        "dense_4h_to_h",
+        "gate_up_proj",
+        "found none",
+        "mlp.first",
+        "register_architecture",
+        "self_test",
+    ):
         assert part in message
     assert "\n" not in message
 
@@ -193,14 +204,16 @@ def test_a_registered_architecture_is_measured(unknown: Any, finders: Any) -> No
 
 def test_self_test_finds_gate_and_up_exchanged(unknown: Any, finders: Any) -> None:
     finders(lambda n, b: FeedForward(n, "out", b.mlp.out, b.mlp.first, b.mlp.second, b.mlp))
-    with pytest.raises(KelibError, match="layer 0: .*gate and up are probably exchanged"):
+    with pytest.raises(KelibError, match=r"layer 0: .*gate and up are probably exchanged"):
         self_test(unknown)
 
 
 def test_self_test_finds_values_that_are_not_the_output(unknown: Any, finders: Any) -> None:
     for block in unknown.model.layers:
         block.mlp = nn.Sequential(block.mlp, nn.Linear(24, 24))
-    finders(lambda n, b: FeedForward(n, "0.out", b.mlp[0].out, b.mlp[0].second, b.mlp[0].first, b.mlp))
+    finders(
+        lambda n, b: FeedForward(n, "0.out", b.mlp[0].out, b.mlp[0].second, b.mlp[0].first, b.mlp)
+    )
     with pytest.raises(KelibError, match=r"layer 0: coefficients times V differ .* 0\.out by"):
         self_test(unknown)
 
@@ -217,14 +230,14 @@ def test_self_test_finds_router_weights_that_are_applied_twice() -> None:
 def test_projections_whose_shapes_do_not_fit_are_not_taken() -> None:
     model = build("llama")
     model.model.layers[1].mlp.up_proj = nn.Linear(24, 39)
-    with pytest.raises(KelibError, match="layer 1 of LlamaForCausalLM .* matching shapes"):
+    with pytest.raises(KelibError, match=r"layer 1 of LlamaForCausalLM .* matching shapes"):
         feed_forwards(model)
 
 
 def test_two_feed_forward_layers_in_a_block_are_not_guessed() -> None:
     model = build("llama")
     model.model.layers[0].second_mlp = model.model.layers[1].mlp
-    with pytest.raises(KelibError, match="layer 0 .* found 2 of them"):
+    with pytest.raises(KelibError, match=r"layer 0 .* found 2 of them"):
         feed_forwards(model)
 
 

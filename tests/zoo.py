@@ -1,8 +1,9 @@
-"""Tiny random models of every architecture that kelib promises to measure, and a plain float64 reference.
+"""Tiny random models of every architecture that kelib promises to measure, and a plain float64
+reference.
 
-The reference knows nothing of kelib: it runs one unpadded sequence at a time through a float64 copy with eager attention,
-takes the input of each feed-forward layer and writes the layer's formula down by hand. (The norms of transformers go
-through float32 whatever the dtype; nothing else does.)
+The reference knows nothing of kelib: it runs one unpadded sequence at a time through a float64 copy
+with eager attention, takes the input of each feed-forward layer and writes the layer's formula down
+by hand. (The norms of transformers go through float32 whatever the dtype; nothing else does.)
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def padded(sequences: Sequence[Sequence[int]], side: str) -> dict[str, torch.Ten
 
 @contextmanager
 def _softmax_in_float64() -> Iterator[None]:
-    """Transformers' eager attention and routers ask for a float32 softmax; the reference does without."""
+    """Transformers' eager attention and routers ask for a float32 softmax; the reference does
+    without.
+    """
     plain = torch.nn.functional.softmax
 
     def softmax(x: torch.Tensor, dim: int = -1, dtype: Any = None, **_others: Any) -> torch.Tensor:
@@ -132,7 +135,9 @@ def _softmax_in_float64() -> Iterator[None]:
 
 
 class Reference:
-    """What a measurement should find; coefficients by definition, each a list of ``(m,)`` means per layer."""
+    """What a measurement should find; coefficients by definition, each a list of ``(m,)`` means per
+    layer.
+    """
 
     def __init__(self, name: str, sequences: Sequence[Sequence[int]], model: Any = None) -> None:
         exact = build(name, attn_implementation="eager")
@@ -148,7 +153,7 @@ class Reference:
             inputs: dict[int, torch.Tensor] = {}
             handles = [
                 getattr(block, "fc1" if name == "opt" else "mlp").register_forward_pre_hook(
-                    lambda _module, given, layer=layer: inputs.__setitem__(layer, given[0])
+                    lambda _, given, layer=layer, inputs=inputs: inputs.__setitem__(layer, given[0])
                 )
                 for layer, block in enumerate(blocks)
             ]
@@ -165,7 +170,9 @@ class Reference:
             attention.append(torch.stack(rows).numpy())
             words.append(float(_entropy(output.logits[0].softmax(-1)).mean()))
         self.coefficients = {
-            key: [np.mean([one[key][layer] for one in found], axis=0) for layer in range(len(blocks))]
+            key: [
+                np.mean([one[key][layer] for one in found], axis=0) for layer in range(len(blocks))
+            ]
             for key in found[0]
         }
         self.attention = np.mean(attention, axis=0)
@@ -188,7 +195,9 @@ def _blocks(model: Any) -> Any:
 
 
 def _layer(name: str, block: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
-    """Mean over tokens of every definition of the coefficients of one layer, from the layer's input."""
+    """Mean over tokens of every definition of the coefficients of one layer, from the layer's
+    input.
+    """
     parts = _parts(name, block, x)
     norms = torch.cat([norm for *_, norm in parts])
 
@@ -212,7 +221,9 @@ def _layer(name: str, block: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
 def _parts(
     name: str, block: Any, x: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(coefficients, those with ReLU, weight of each token, norms of memory vectors) of each expert, or of the one."""
+    """(coefficients, those with ReLU, weight of each token, norms of memory vectors) of each
+    expert, or of the one.
+    """
     always = torch.ones(len(x), dtype=torch.float64)
     relu = torch.relu
     if name == "opt":
