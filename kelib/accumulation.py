@@ -1,6 +1,4 @@
-"""Float64 sums over sequences, fed by the hooks while a model runs; never a copy of a whole layer's
-output.
-"""
+"""Float64 sums over sequences, fed by hooks while a model runs."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ CPU_VALUES, GPU_VALUES, MINIMUM_ROWS = 2**17, 2**24, 64
 
 
 def definition_name(coefficient: Coefficient) -> str:
-    """The name under which a measurement keeps its definition. KelibError for a name that does not
-    exist.
-    """
+    """The name of a definition or a function. KelibError for a name that does not exist."""
     if callable(coefficient):
         return str(getattr(coefficient, "__name__", type(coefficient).__name__))
     if coefficient not in DEFINITIONS:
@@ -37,16 +33,12 @@ def definition_name(coefficient: Coefficient) -> str:
 
 
 class Accumulator:
-    """Sums of one pass. Call :meth:`begin` with a batch, run the model with the methods as hooks,
-    then :meth:`check`.
-    """
+    """Sums of one pass: :meth:`begin` a batch, run the model hooked to the rest, :meth:`check`."""
 
     def __init__(
         self, layers: list[Layer], blocks: int, coefficient: Coefficient, router_weight: bool
     ) -> None:
-        """``layers`` may be empty; ``blocks`` is 1, or how many blocks of sequences are kept
-        apart.
-        """
+        """``layers`` may be empty; ``blocks`` of sequences are kept apart, 1 if none."""
         self.layers, self.blocks = layers, blocks
         self.coefficient, self.router_weight = coefficient, router_weight
         self.sequences = np.zeros(blocks)
@@ -55,6 +47,11 @@ class Accumulator:
         self._attention: dict[int, torch.Tensor] = {}
         self._next_token: torch.Tensor | None = None
         self._width = {layer.layer: layer.memories for layer in layers}
+
+    @property
+    def heads(self) -> list[int]:
+        """Heads of each attention layer met so far."""
+        return [total.shape[1] for _, total in sorted(self._attention.items())]
 
     def begin(self, batch: Batch) -> None:
         """Start on ``batch``: what hooks deliver from now on belongs to it."""
@@ -126,9 +123,7 @@ class Accumulator:
         return flat if self._kept is None else flat[self._kept]
 
     def check(self) -> int | None:
-        """The first layer whose sums are not finite, -1 for the next-token sums, None if all is
-        well.
-        """
+        """The first layer whose sums are not finite, -1 for the next token, None if all is well."""
         for layer in self.layers:
             total = self._coefficients.get(layer.layer)
             if total is not None and not bool(torch.isfinite(total).all()):
@@ -168,9 +163,7 @@ class Accumulator:
     def _runs(
         self, count: int, tokens: torch.Tensor | None, rows: torch.Tensor | None
     ) -> list[tuple[int, int]]:
-        """(block, end) of each run of rows that belong to one sequence; rows come in the order of
-        tokens.
-        """
+        """(block, end) of each run of rows of one sequence; rows come in the order of tokens."""
         if self.blocks == 1:
             return [(0, count)]
         if tokens is None:
@@ -187,8 +180,9 @@ class Accumulator:
         rows: torch.Tensor | None,
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        """``sum_n weights_n |values_n|``, ``(m,)`` float64; the magnitude of a few rows at a time,
-        so that it stays in cache.
+        """``sum_n weights_n |values_n|``, ``(m,)`` float64.
+
+        The magnitudes of a few rows exist at a time: they stay in cache, and memory stays flat.
         """
         width = values.shape[1]
         budget = CPU_VALUES if values.device.type == "cpu" else GPU_VALUES
@@ -219,8 +213,7 @@ def _called(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tens
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise KelibError(
             f"the coefficient function was given {tuple(values.shape)} and returned {shape}; it "
-            "must return a "
-            "tensor of the same shape"
+            "must return a tensor of the same shape"
         )
     return found
 

@@ -9,6 +9,7 @@ that hold all experts at once. An architecture that names its parts otherwise is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +59,7 @@ class FeedForward:
         return _shape(self.down)[1]
 
     def up_rows(self) -> torch.Tensor:
-        """The up projection as ``(m, hidden)``: row i multiplies coefficient i. A view, not a
-        copy.
-        """
+        """The up projection, ``(m, hidden)``: row i multiplies coefficient i. A view."""
         rows = _weight(self.up).T if _is_conv1d(self.up) else _weight(self.up)
         return rows[self.memories :] if self.fused else rows
 
@@ -75,8 +74,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The memories of one mixture-of-experts layer: those of every expert, then those every token
-    uses.
+    """The memories of a mixture-of-experts layer: of every expert, then of the shared ones.
 
     With ``r_e(x)`` the router's weight of expert ``e`` (0 for experts that were not chosen), the
     layer is ``FFN(x) = sum_e r_e(x) sum_i c_{e,i}(x) v_{e,i}``: a memory of ``E m`` vectors, plus
@@ -137,8 +135,7 @@ class Mixture:
         """Not defined for experts: raises KelibError."""
         raise KelibError(
             f"layer {self.layer} is a mixture of experts ({self.name}): kelib measures its "
-            "memories, "
-            "but scaling their rows of K is only defined for dense layers"
+            "memories, but scaling their rows of K is only defined for dense layers"
         )
 
     def expert_values(self) -> torch.Tensor:
@@ -169,17 +166,15 @@ def register_architecture(finder: Finder) -> Finder:
     >>> @register_architecture
     ... def my_blocks(layer, block):
     ...     inner = getattr(block, "brain", None)
-    ...     return inner and FeedForward(layer, "brain.out", down=inner.out, up=inner.into,
-    place=inner) >>> unregister_architecture(my_blocks)
+    ...     return inner and FeedForward(layer, "brain.out", inner.out, up=inner.into, place=inner)
+    >>> unregister_architecture(my_blocks)
     """
     _FINDERS.insert(0, finder)
     return finder
 
 
 def unregister_architecture(finder: Finder) -> None:
-    """Forget what :func:`register_architecture` was told. Raises KelibError if it was never
-    told.
-    """
+    """Forget a finder. Raises KelibError if it was never registered."""
     if finder not in _FINDERS:
         raise KelibError(f"{finder!r} is not registered; there are {listing(_FINDERS)}")
     _FINDERS.remove(finder)
@@ -210,8 +205,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def feed_forwards(model: Any) -> list[Layer]:
-    """The memories of every layer, in order: a :class:`FeedForward`, or a :class:`Mixture` of
-    experts.
+    """The memories of every layer: a :class:`FeedForward` or a :class:`Mixture` each.
 
     Raises KelibError, saying what was looked for and how to register it, if a block has no
     recognisable feed-forward layer.
@@ -228,8 +222,9 @@ def _find(index: int, block: nn.Module, owner: str) -> Layer:
             return found
     places = dict(block.named_modules())
     experts = [name for name, place in places.items() if _holds_experts(place)]
+    routed = len(experts) == 1 and _is_routed(places[experts[0]])
     dense = [ffn for name, place in places.items() if (ffn := _dense(index, name, place))]
-    if len(experts) == 1:
+    if routed:
         return _mixture(index, experts[0], places, dense)
     if len(dense) == 1 and not experts:
         return dense[0]
@@ -237,12 +232,10 @@ def _find(index: int, block: nn.Module, owner: str) -> Layer:
     raise KelibError(
         f"layer {index} of {owner} ({type(block).__name__}) has no feed-forward layer that kelib "
         f"knows: it looked for one module with a down projection named {listing(DOWN_NAMES)} and "
-        "an up "
-        f"projection named {listing(UP_NAMES + FUSED_NAMES)} of matching shapes, or for experts "
-        "with "
-        f"three-dimensional parameters down_proj and gate_up_proj, and found {count}; the block "
-        "holds "
-        f"{listing(name for name in places if name)}; name the projections with "
+        f"an up projection named {listing(UP_NAMES + FUSED_NAMES)} of matching shapes, or for "
+        "experts with three-dimensional parameters down_proj and gate_up_proj that are given the "
+        f"indices and weights of the chosen experts, and found {count}; the block holds "
+        f"{listing((n for n in places if n), 24)}; name the projections with "
         "kelib.ffn.register_architecture and check them with kelib.ffn.self_test"
     )
 
@@ -283,6 +276,11 @@ def _holds_experts(place: nn.Module) -> bool:
     held = dict(place.named_parameters(recurse=False))
     ups = [held[name] for name in ("gate_up_proj", "up_proj") if name in held]
     return "down_proj" in held and held["down_proj"].dim() == 3 and len(ups) == 1
+
+
+def _is_routed(experts: nn.Module) -> bool:
+    """Whether the experts are given states, chosen experts and weights; Llama 4's are not."""
+    return len(inspect.signature(type(experts).forward).parameters) == 4  # with self
 
 
 def _child(place: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -11,17 +11,15 @@ import torch
 from kelib.errors import KelibError
 
 OnEntropy = Callable[[int, torch.Tensor], None]
-# Scores held at once. On a CPU a block should stay near the cache; on a GPU it should fill the device.
+# Scores held at once: on a CPU they should stay near the cache, on a GPU fill the device.
 CPU_SCORES, GPU_SCORES = 2**18, 2**26
-HIDDEN = (
-    -1e30
-)  # added to a score that a query must not see; finite, so that a row may be all hidden
+# Added to a score that a query must not see; finite, so that a row may be all hidden.
+HIDDEN = -1e30
 LOWEST = -80.0
 
 
 def softmax_entropy_(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Entropy in nats of the softmax over the last axis. Overwrites ``scores``, ``(..., k)``,
-    floating point.
+    """Entropy in nats of the softmax over the last axis. Overwrites ``scores``, ``(..., k)``.
 
     With ``z = scores - max`` it is ``ln sum e^z - sum z e^z / sum e^z``. ``z`` is kept above -80:
     what lies below weighs less than 2e-35, below the rounding of the sum, so that scores of minus
@@ -40,8 +38,7 @@ def softmax_entropy_(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 
 @contextmanager
 def watch_attention(model: Any, on_entropy: OnEntropy) -> Iterator[None]:
-    """Call ``on_entropy(layer, entropy)`` for every attention layer at each forward pass of the
-    scope.
+    """Call ``on_entropy(layer, entropy)`` for every attention layer while the scope lasts.
 
     ``entropy`` is ``(B, heads, T)`` in nats: ``-sum_i A_ji ln A_ji`` of every query position j (Eq.
     3), in float32 or, for a float64 model, float64. Layers are counted in the order in which they
@@ -83,8 +80,7 @@ def watch_attention(model: Any, on_entropy: OnEntropy) -> Iterator[None]:
             if others.get(unknown) is not None:
                 raise KelibError(
                     f"{type(module).__name__} uses {unknown}: attention entropy (Eq. 3) is not "
-                    "defined for it; "
-                    "measure without attention=True"
+                    "defined for it; measure without attention=True"
                 )
         layer = order.setdefault(id(module), len(order))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -136,7 +132,7 @@ def _attend(
                 query[part, :, block].to(kind) * scale, keys, allowed, softcap, start, causal
             )
             found, weights, total = softmax_entropy_(scores)
-            # grouped heads share keys: (B, key heads, group, rows, ...) is (B, heads, rows, ...) in this order
+            # grouped heads share keys: (B, key heads, group, rows, ...) is (B, heads, rows, ...)
             entropy[part, :, block] = found.flatten(1, 2)
             mixed = weights.flatten(2, 3) @ values[:, :, : weights.shape[-1]]
             mixed = mixed.view(*weights.shape[:-1], -1).div_(total)
@@ -152,8 +148,7 @@ def _scores(
     start: int,
     causal: bool,
 ) -> torch.Tensor:
-    """Scores of a block of query rows, ``(B, key heads, group, rows, keys)``; what is masked is
-    hugely negative.
+    """Scores of a block of query rows, ``(B, key heads, group, rows, keys)``.
 
     Keys after the block's last row are left out where the block may not see them.
     """

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from kelib.errors import KelibError, listing
@@ -34,9 +35,7 @@ class Batch:
         return Batch(self.ids.to(device), mask, self.lengths, self.first)
 
     def weights(self) -> torch.Tensor:
-        """``(B T,)`` float64: ``1 / T_n`` for the tokens of sequence n, 0 for padding; each row
-        sums to 1.
-        """
+        """``(B T,)`` float64: ``1 / T_n`` for the tokens of sequence n, 0 for padding."""
         inverse = 1.0 / torch.tensor(self.lengths, dtype=torch.float64)
         spread = inverse[:, None].expand(self.ids.shape)
         if self.mask is not None:
@@ -60,17 +59,16 @@ def read_batch(batch: Any, first: int, words: int) -> Batch | None:
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         held = listing(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise KelibError(f"a batch must be a mapping with input_ids, this one is or holds {held}")
-    ids = torch.as_tensor(batch["input_ids"])
+    ids = _tensor(batch["input_ids"])
     if ids.dim() != 2 or ids.is_floating_point():
         raise KelibError(
             f"input_ids must be whole numbers of shape (sequences, tokens), not {ids.dtype} of "
-            "shape "
-            f"{tuple(ids.shape)}"
+            f"shape {tuple(ids.shape)}"
         )
     ids = ids.long()
     mask = batch.get("attention_mask")
     if mask is not None:
-        mask = torch.as_tensor(mask).to(ids.device) != 0
+        mask = _tensor(mask).to(ids.device) != 0
         if mask.shape != ids.shape:
             raise KelibError(
                 f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; "
@@ -92,7 +90,12 @@ def read_batch(batch: Any, first: int, words: int) -> Batch | None:
     if lowest < 0 or highest >= words:
         raise KelibError(
             f"input_ids hold token {highest if highest >= words else lowest}, the vocabulary has "
-            f"{words}; "
-            "use the tokenizer of this model"
+            f"{words}; use the tokenizer of this model"
         )
     return Batch(ids, mask, lengths, first)
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    # torch warns where an array is read-only, as memory-mapped blocks are
+    shared = not isinstance(values, np.ndarray) or values.flags.writeable
+    return torch.as_tensor(values if shared else values.copy())

@@ -18,7 +18,7 @@ NOTE = "kelib.json"
 
 
 def new_model(shape: Model, vocabulary_size: int, sequence_length: int, seed: int) -> Any:
-    """A freshly initialised causal language model of transformers, weights drawn from ``seed`` (float32)."""
+    """A new causal language model of transformers in float32, its weights drawn from ``seed``."""
     torch.manual_seed(seed)
     try:
         config = AutoConfig.for_model(
@@ -36,20 +36,22 @@ def new_model(shape: Model, vocabulary_size: int, sequence_length: int, seed: in
         )
     except ValueError as error:
         raise KelibError(
-            f"model.model_type = {shape.model_type!r} must be a type transformers knows, such as olmo, "
-            "llama, gpt_neox"
+            f"model.model_type = {shape.model_type!r} must be a type transformers knows, such as "
+            "olmo, llama, gpt_neox"
         ) from error
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in the folder of its run."""
     return run / f"step{step:07d}"
 
 
 def save_checkpoint(model: Any, tokenizer_folder: Path, run: Path, note: dict[str, Any]) -> Path:
-    """Write weights (safetensors), config, tokenizer and ``kelib.json`` as ``run/stepNNNNNNN``, whole or not.
+    """Write weights (safetensors), config, tokenizer and ``kelib.json`` as ``run/stepNNNNNNN``.
 
-    ``note`` has at least ``step``, ``tokens``, ``parent``, ``seed`` and ``digest`` (of the configuration).
+    The folder appears whole or not at all. ``note`` has at least ``step``, ``tokens``, ``parent``,
+    ``seed`` and ``digest`` (of the configuration).
     """
     final = step_folder(run, note["step"])
     temporary = run / f".{final.name}.{os.getpid()}.tmp"
@@ -80,7 +82,8 @@ def read_note(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path, digest: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a checkpoint folder, float32, in evaluation mode.
 
-    Raises KelibError if the folder is missing, broken or, with ``digest`` given, of another configuration.
+    Raises KelibError if the folder is missing, broken or, with ``digest`` given, of another
+    configuration.
     """
     note = read_note(folder)
     if digest is not None and note.get("digest") != digest:

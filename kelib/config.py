@@ -58,12 +58,14 @@ class Corpus:
     sequence_length: int  # tokens
     facts_share: float  # of the pretraining sequences, the rest is `general`
     entropy_sequences: int  # |D| of Eq. 2, same mixture as pretraining, documents of their own
+    domain_sequences: int  # packed for continual learning; a longer run reads them again
     heldout_sequences: int  # per corpus, for the loss before and after
     world: WorldSize
 
     def __post_init__(self) -> None:
         _within(self, 300, 65536, "vocabulary_size")  # blocks are stored as uint16
-        _at_least(self, sequence_length=8, entropy_sequences=1, heldout_sequences=1)
+        _at_least(self, sequence_length=8, entropy_sequences=1)
+        _at_least(self, domain_sequences=1, heldout_sequences=1)
         _within(self, 0, 1, "facts_share")
         _require(self.domain != (), "corpus.domain", self.domain, "at least one source")
         _require(

@@ -102,11 +102,7 @@ def measure_entropy(
         if not processes.together:
             raise
         error = caught
-    facts = (
-        None
-        if sums is None
-        else (accumulator.tokens, sums.sequences.sum(), [a.shape[1] for a in sums.attention])
-    )
+    facts = None if sums is None else (accumulator.tokens, sums.sequences.sum(), accumulator.heads)
     told = processes.agree(error, facts)
     assert sums is not None
     if sum(count for _, count, _ in told) == 0:
@@ -114,12 +110,6 @@ def measure_entropy(
     if attention and not sums.attention:
         # this process had no batch, so that it does not know the heads
         heads = max((shapes for _, _, shapes in told), key=len)
-        if not heads:
-            raise KelibError(
-                f"the attention of {type(model).__name__} does not go through transformers' "
-                "AttentionInterface, so "
-                "its entropy cannot be measured; leave attention=True out"
-            )
         empty = tuple(np.zeros((len(sums.sequences), count)) for count in heads)
         sums = Sums(sums.sequences, sums.coefficients, empty, sums.next_token)
     if next_token and sums.next_token is None:
@@ -182,6 +172,11 @@ class _Pass:
             if self.takes_positions:
                 inputs["position_ids"] = batch.positions()
         output = self.trunk(**inputs)
+        if self.attention and not accumulator.heads:
+            raise KelibError(
+                f"the attention of {type(self.model).__name__} does not go through transformers' "
+                "AttentionInterface, so its entropy cannot be measured; leave attention=True out"
+            )
         states = accumulator.states(output.last_hidden_state)
         finite = bool(torch.isfinite(states).all())
         if finite and self.next_token:
@@ -193,15 +188,13 @@ class _Pass:
             self._refuse(layer)
 
     def _refuse(self, layer: int | None) -> None:
-        """Say where NaN or infinity came from; weights are only searched now, so that a sound model
-        pays nothing.
-        """
+        """Say where NaN or infinity came from; a sound model never pays for this search."""
         bad = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
         place = "the last hidden state or the logits" if layer in (None, -1) else f"layer {layer}"
         cause = (
             f"NaN or infinity stands in {listing(bad, 3)}"
             if bad
-            else "the weights are finite, so a value overflowed: load the model with dtype=torch.float32"
+            else "the weights are finite, so a value overflowed: load it with dtype=torch.float32"
         )
         raise KelibError(
             f"{place} of {type(self.model).__name__} gives NaN or infinite values; {cause}"

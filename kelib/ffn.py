@@ -1,5 +1,4 @@
-"""The feed-forward layers of a model as key-value memories: where they are, their coefficients, a
-self-test.
+"""The feed-forward layers of a model as memories: where, how active, and a self-test.
 
 ``FFN(x) = f(x Kᵀ) V``; row i of V is memory vector ``v_i``, the coefficient of memory i is ``c_i =
 f(x Kᵀ)_i``. In a transformers model the coefficients are the input of the projection back to the
@@ -47,15 +46,14 @@ __all__ = [
     "watch_memories",
 ]
 
-# Largest relative error that the self-test accepts, by the dtype of the weights; half precision is not listed.
+# Largest relative error that the self-test accepts, by the dtype of the weights.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-HALF_TOLERANCE = 3e-2
+HALF_TOLERANCE = 3e-2  # of float16 and bfloat16
 
 
 @torch.no_grad()
 def self_test(model: Any, input_ids: torch.Tensor | None = None) -> np.ndarray:
-    """Check on this very model that coefficients times V, plus the bias, is what its feed-forward
-    layers give.
+    """Check on this very model that coefficients times V give its feed-forward layers.
 
     A few tokens (``input_ids``, ``(B, T)``; default: 2 x 8 arbitrary ones) run through the trunk
     twice, with and without kelib's hooks. Per layer ``c V + b`` (for experts the sum of
@@ -110,10 +108,8 @@ def self_test(model: Any, input_ids: torch.Tensor | None = None) -> np.ndarray:
         if not error <= tolerance:
             raise KelibError(
                 f"layer {layer.layer}: coefficients times V differ from the output of the "
-                "feed-forward layer "
-                f"{layer.name} by {error:.1e} of its size; the projections found are not its "
-                "memory: name them "
-                "with kelib.ffn.register_architecture"
+                f"feed-forward layer {layer.name} by {error:.1e} of its size; the projections "
+                "found are not its memory: name them with kelib.ffn.register_architecture"
             )
         errors.append(error)
     return np.array(errors)
@@ -146,9 +142,7 @@ def _output_of(layer: Layer, firing: Firing) -> torch.Tensor:
 def _check_gate(
     ffn: FeedForward, values: torch.Tensor, keys: dict[str, torch.Tensor], tolerance: float
 ) -> None:
-    """Raise KelibError if ``c`` is not ``act(gate x) * up x``, where the activation can be
-    found.
-    """
+    """Raise KelibError if ``c`` is not ``act(gate x) * up x``, if the activation is found."""
     found = [getattr(ffn.place, name) for name in ACTIVATION_NAMES if hasattr(ffn.place, name)]
     if ffn.gate is None or not found:
         return
@@ -157,7 +151,6 @@ def _check_gate(
     if not error <= tolerance:
         raise KelibError(
             f"layer {ffn.layer}: the coefficients of {ffn.name} differ from act(gate x) * up x by "
-            f"{error:.1e} of their "
-            "size; gate and up are probably exchanged: name them with "
+            f"{error:.1e} of their size; gate and up are probably exchanged: name them with "
             "kelib.ffn.register_architecture"
         )

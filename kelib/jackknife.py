@@ -1,6 +1,4 @@
-"""Sums by block of sequences, and the standard error that blocks give to any function of the sums.
-No torch.
-"""
+"""Sums by block of sequences, and the standard error of a function of them. No torch."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ BLOCKS = 64  # sequence n belongs to block n mod 64
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over sequences of means over their tokens, float64, by block of sequences on the first
-    axis.
+    """Sums over sequences of means over tokens, float64; the first axis is the block.
 
     Attributes:
         sequences: ``(blocks,)``, how many sequences each block has.
@@ -79,7 +76,7 @@ def jackknife_error(blocks: Sums, statistic: Callable[[Sums], Any]) -> np.ndarra
         )
     whole = blocks.map(lambda array: array.sum(axis=0))
     estimate = np.asarray(statistic(whole))
-    without = np.array([statistic(_without(whole, blocks, block)) for block in filled])
+    without = np.array([statistic(_without(whole, blocks, int(block))) for block in filled])
     shape = (-1, *([1] * estimate.ndim))
     groups = (whole.sequences / blocks.sequences[filled]).reshape(shape)
     combined = len(filled) * estimate - ((1 - 1 / groups) * without).sum(axis=0)

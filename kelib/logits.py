@@ -19,16 +19,14 @@ def require_head(model: Any) -> None:
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise KelibError(
             f"{type(model).__name__} has no vocabulary projection, so no next-token entropy; load "
-            "it with "
-            "AutoModelForCausalLM"
+            "it with AutoModelForCausalLM"
         )
 
 
 def next_token_entropies(
     model: Any, trunk: Any, output_type: type, hidden: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Entropy in nats of the model's next-token distribution, for ``hidden`` ``(n, d)``, the
-    trunk's last states.
+    """Next-token entropy in nats of ``hidden`` ``(n, d)``, last states of the trunk.
 
     Yields (rows, entropy of these rows) until all n are done; never are the logits of all rows
     held. Logits are the model's own: its forward function runs with the trunk replaced by one that

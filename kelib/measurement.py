@@ -1,6 +1,4 @@
-"""What a measurement of entropy holds: sums over sequences, and all that follows from them. No
-torch.
-"""
+"""What a measurement holds, sums over sequences, and all that follows from them. No torch."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ from kelib.jackknife import Sums, add_sums, jackknife_error
 
 
 def shannon_entropy(weights: np.ndarray) -> np.ndarray:
-    """``-sum p ln p`` in nats with ``p = weights / sum(weights)`` along the last axis and ``0 ln 0
-    = 0``.
+    """``-sum p ln p`` in nats, ``p = weights / sum(weights)``, last axis, ``0 ln 0 = 0``.
 
     Lies between 0 (one weight carries all) and ``ln m`` (all equal). Unlike the authors' code
     nothing is added inside the logarithm. Raises KelibError for negative, non-finite or all-zero
@@ -72,15 +69,12 @@ class EntropyMeasurement:
 
     @property
     def mean_coefficients(self) -> tuple[np.ndarray, ...]:
-        """``C̄_i = (1/|D|) sum_n (1/T_n) sum_j |c_i(n, j)|`` per layer, ``(m,)`` float64 (Eq.
-        2).
-        """
+        """``C̄_i = (1/|D|) sum_n (1/T_n) sum_j |c_i(n, j)|``, ``(m,)`` per layer (Eq. 2)."""
         return tuple(total / self.sequences for total in self.coefficient_sums)
 
     @property
     def knowledge_entropy(self) -> np.ndarray:
-        """``H_l`` per layer, ``(layers,)`` nats, each between 0 and ``ln m``; their sum is the
-        paper's H (Eq. 2).
+        """``H_l``, ``(layers,)`` nats, each between 0 and ``ln m``; their sum is H (Eq. 2).
 
         Raises KelibError if it was not asked for, or if the coefficients of a layer sum to 0.
         """
@@ -88,15 +82,16 @@ class EntropyMeasurement:
 
     @property
     def attention_entropy(self) -> np.ndarray:
-        """Mean entropy of a row of attention, ``(layers, heads)`` nats (Eq. 3); the paper's number
-        is the sum over
-        layers of the mean over heads. Where layers differ in heads, missing ones are NaN. KelibError if not asked for."""
+        """Mean entropy of a row of attention, ``(layers, heads)`` nats (Eq. 3).
+
+        The paper's number is the sum over layers of the mean over heads. Where layers differ in
+        heads, missing ones are NaN. Raises KelibError if it was not asked for.
+        """
         return _table(_asked(self.attention_sums, "attention")) / self.sequences
 
     @property
     def next_token_entropy(self) -> float:
-        """Mean entropy of the next-token distribution, nats, between 0 and ln of the vocabulary
-        (A.4).
+        """Mean entropy of the next-token distribution, nats (A.4): 0 to ln of the vocabulary.
 
         Raises KelibError if it was not asked for.
         """
@@ -109,9 +104,7 @@ class EntropyMeasurement:
 
     @property
     def effective_memories(self) -> np.ndarray:
-        """``exp(H_l) / m`` per layer, between 0 and 1: comparable between sizes (ours, not the
-        paper's).
-        """
+        """``exp(H_l) / m`` per layer, between 0 and 1, to compare sizes (not the paper's)."""
         widths = np.array([len(total) for total in self.coefficient_sums])
         return np.exp(self.knowledge_entropy) / widths
 
@@ -120,8 +113,8 @@ class EntropyMeasurement:
         """Standard error of :attr:`knowledge_entropy`, ``(layers,)`` nats.
 
         A delete-a-group jackknife over at most 64 blocks; sequence n of the data set belongs to
-        block n mod 64, so sequences count as exchangeable: where neighbours share a document,
-        shuffle first. Raises KelibError without ``uncertainty=True`` or with fewer than two
+        block n mod 64, so sequences count as independent: where neighbours share a document it
+        comes out too small. Raises KelibError without ``uncertainty=True`` or with fewer than two
         sequences.
         """
         _asked(self.coefficient_sums, "knowledge")
@@ -129,17 +122,13 @@ class EntropyMeasurement:
 
     @property
     def total_knowledge_entropy_error(self) -> float:
-        """Standard error of the sum over layers of the knowledge entropy, nats (jackknife, as
-        above).
-        """
+        """Standard error of the sum over layers of the knowledge entropy, nats (as above)."""
         _asked(self.coefficient_sums, "knowledge")
         return float(self._error(lambda sums: _entropies(sums.coefficients).sum()))
 
     @property
     def attention_entropy_error(self) -> np.ndarray:
-        """Standard error of :attr:`attention_entropy`, ``(layers, heads)`` nats (jackknife, as
-        above).
-        """
+        """Standard error of the attention entropy, ``(layers, heads)`` nats (as above)."""
         _asked(self.attention_sums, "attention")
         return self._error(lambda sums: _table(sums.attention) / sums.sequences)
 
@@ -192,9 +181,7 @@ class EntropyMeasurement:
         return Sums(np.asarray(self.sequences), self.coefficient_sums, self.attention_sums, last)
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (safetensors, counts and definition as JSON in its metadata), whole or not
-        at all.
-        """
+        """Write ``path`` (safetensors, JSON notes in its metadata), whole or not at all."""
         tensors = self._totals().named("")
         if self.blocks is not None:
             tensors |= self.blocks.named("blocks.") | {"blocks.sequences": self.blocks.sequences}

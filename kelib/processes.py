@@ -13,14 +13,10 @@ from kelib.jackknife import Sums
 
 
 class Processes:
-    """The processes that measure together: this one alone, or those of a torch.distributed
-    group.
-    """
+    """This process alone, or those of a torch.distributed group, measuring together."""
 
     def __init__(self, group: Any = None) -> None:
-        """``group``: None, ``"world"`` (all of them, or this one alone if none were launched), or a
-        ProcessGroup.
-        """
+        """``group``: None (alone), ``"world"`` (all that were launched), or a ProcessGroup."""
         if isinstance(group, str) and group != "world":
             raise KelibError(
                 f"process_group {group!r} is not known; pass 'world' or a ProcessGroup"

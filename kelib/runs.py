@@ -1,8 +1,9 @@
-"""A grid of runs: digests, what is done is skipped, what was interrupted resumes, local processes work.
+"""A grid of runs on local processes: what is done is skipped, what was interrupted resumes.
 
-A run is named by the digest of its settings, its inputs and the code it rests on. Its folder appears
-under the final name in one rename when it is finished; until then it is ``<digest>.partial``, held by
-a lock, so that nothing half-written is ever taken for whole and two writers never meet.
+A run is named by the digest of its settings, its inputs and the code it rests on. Its folder
+appears under the final name in one rename when it is finished; until then it is
+``<digest>.partial``, held by a lock, so that nothing half-written is ever taken for whole and two
+writers never meet.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from kelib.errors import KelibError, listing
 # Modules of each kind of run whose code its numbers rest on (beside those of its inputs), or one
 # function of a module that also holds what no run rests on.
 _MEASURING = (
-    *("architectures", "watching", "ffn", "scoring", "evaluation"),
+    *("architectures", "watching", "jackknife", "scoring", "evaluation"),
     *("entropy", "accumulation", "attention", "batches", "logits", "measurement", "processes"),
     *("metrics:knowledge_score", "metrics:knowledge_by"),
     *("metrics:_per_entry", "metrics:_over_sets"),
@@ -49,10 +50,13 @@ CODE = {
     ),
     "pretrain": ("jobs:pretrain", "training", "checkpoints"),
     "measure": ("jobs:measure", *_MEASURING),
-    "continual": ("jobs:continual", "training", "injection", "interventions", *_MEASURING),
+    "continual": (
+        *("jobs:continual", "training", "injection", "interventions", "ffn"),
+        *_MEASURING,
+    ),
 }
-# glibc hands large blocks back to the system at once and pays for fresh pages at every step; keeping
-# them made a training step of the small model up to 1.9 times faster with both cores busy.
+# glibc hands large blocks back to the system at once and pays for fresh pages at every step;
+# keeping them made a training step of the small model up to 1.9 times faster with both cores busy.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
@@ -77,9 +81,10 @@ def _plain_code(name: str, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: ``kind`` says what is done, ``settings`` (JSON values) how, ``inputs`` from which runs.
+    """One run: ``kind`` says what is done, ``settings`` (JSON values) how, ``inputs`` from what.
 
-    ``home`` is the folder for runs of this kind; ``files`` are inputs that no run makes (fetched text).
+    ``home`` is the folder for runs of this kind; ``files`` are inputs that no run makes (fetched
+    text).
     """
 
     kind: str
@@ -114,7 +119,10 @@ class Run:
         return "running" if self.partial.exists() and _is_locked(self.partial) else "missing"
 
     def read(self, name: str = "result.json") -> Any:
-        """A JSON file of a finished run. Raises KelibError if the run is not done or the file is broken."""
+        """A JSON file of a finished run.
+
+        Raises KelibError if the run is not done or the file is broken.
+        """
         if not self.done:
             raise KelibError(
                 f"{self.kind} run {self.digest} is {self.state()}: run its stage first"
@@ -169,7 +177,10 @@ def _writer(folder: Path) -> int | None:
 
 
 def perform(run: Run) -> float:
-    """Do one run in this process; return its seconds. A run that is done is left alone (0 seconds)."""
+    """Do one run in this process; return its seconds (0 for a run that is done already).
+
+    Raises KelibError if another process is writing it, or its folder cannot be written.
+    """
     from kelib import (
         jobs,
     )  # imports torch, which the process that only hands out runs does not need
@@ -271,7 +282,7 @@ def _note_failure(run: Run, reason: str) -> None:
 
 @dataclass
 class Outcome:
-    """How a call of :func:`execute` went. ``seconds`` is the sum over the runs done in this call."""
+    """How a call of :func:`execute` went; ``seconds`` is the sum over the runs it did."""
 
     done: int
     skipped: int
@@ -297,10 +308,11 @@ def with_inputs(runs: Iterable[Run]) -> list[list[Run]]:
 def execute(runs: Iterable[Run], workers: int, title: str = "runs") -> Outcome:
     """Do what is missing of ``runs`` and of their inputs, on ``workers`` local processes.
 
-    Each process has one thread (two runs on one thread each beat one run on two); a level with fewer runs
-    than workers shares the threads out. A failed run does not stop the others; at the end a KelibError names each.
-    Only a worker that the system ended (out of memory, most often) stops all, as the others would
-    meet the same end. An interrupt ends the workers; what they had begun resumes in the next call.
+    Each process has one thread (two runs on one thread each beat one run on two); a level with
+    fewer runs than workers shares the threads out. A failed run does not stop the others; at the
+    end a KelibError names each. Only a worker that the system ended (out of memory, most often)
+    stops all, as the others would meet the same end. An interrupt ends the workers;
+    what they had begun resumes in the next call.
     """
     total = Outcome(0, 0, 0.0)
     for level in with_inputs(runs):
@@ -372,8 +384,8 @@ def _broken(waiting: Iterable[Run], children: Iterable[BaseProcess]) -> str:
     if not begun:
         return (
             "the worker processes ended before they began a run (exit codes "
-            f"{listing(codes.values())}); workers import the script that calls kelib, so it must do "
-            "that under if __name__ == '__main__'"
+            f"{listing(codes.values())}); workers import the script that calls kelib, so it must "
+            "do that under if __name__ == '__main__'"
         )
     ends = {code for pid, code in codes.items() if pid in odd} or {-signal.SIGTERM}
     reason = (

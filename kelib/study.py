@@ -1,4 +1,4 @@
-"""From a profile to its runs, and from finished runs to tidy measurement tables. No model is loaded here."""
+"""From a profile to its runs, and from finished runs to tidy tables. No model is loaded here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AFTER_PEAK = "after peak"
 
 @dataclass(frozen=True)
 class Study:
-    """A profile and the folder its data goes to (``data/`` of the repository unless told otherwise)."""
+    """A profile and the folder its data goes to."""
 
     profile: Profile
     data: Path
@@ -46,7 +46,7 @@ class Study:
         wanted = {
             "facts": facts,
             "general": read - facts,
-            "domain": p.continual.steps * p.continual.batch_size,
+            "domain": p.corpus.domain_sequences,
         }
         settings = {"corpus": _plain(p.corpus), "seed": seed, "wanted": wanted}
         sources = {"sources": self.data / "sources"}
@@ -110,8 +110,8 @@ class Study:
     def stages(self, entropy: pd.DataFrame, seed: int) -> dict[str, int]:
         """Checkpoints that continual learning starts from, label -> step, in order.
 
-        The first checkpoint after the one of highest entropy (summed over layers), then the checkpoint
-        nearest to each share of ``continual.stages`` that lies later.
+        The first checkpoint after the one of highest entropy (summed over layers), then the
+        checkpoint nearest to each share of ``continual.stages`` that lies later.
         """
         total = entropy[entropy["seed"] == seed].groupby("step")["entropy_nats"].sum()
         if total.empty:
@@ -159,8 +159,8 @@ class Study:
 def peak_step(entropy: pd.DataFrame, seed: int) -> int:
     """Step of the checkpoint with the highest knowledge entropy after the collapse at the start.
 
-    The untrained model is near the bound by construction, so the search begins at the lowest checkpoint
-    of the first tenth of training: the collapse lies there (``design.md``, what prototypes showed).
+    The untrained model is near the bound by construction, so the search begins at the lowest
+    checkpoint of the first tenth of training, where the collapse lies.
     """
     total = entropy[entropy["seed"] == seed].groupby("step")["entropy_nats"].sum()
     early = total[total.index <= max(0.1 * total.index.max(), total.index.min())]
@@ -201,7 +201,7 @@ def checkpoint_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def save_coefficients(study: Study) -> None:
-    """Mean coefficients of every checkpoint, one safetensors file a seed (tensors ``step/layer``)."""
+    """Mean coefficients of every checkpoint, a safetensors file a seed (tensors ``step/layer``)."""
     for seed in study.profile.seeds:
         steps = study.profile.pretraining.checkpoints
         files = {s: study.measure_run(seed, s).folder / "coefficients.safetensors" for s in steps}
@@ -211,10 +211,11 @@ def save_coefficients(study: Study) -> None:
 def continual_table(
     study: Study, runs: Iterable[Run], checkpoints: pd.DataFrame, entropy: pd.DataFrame
 ) -> pd.DataFrame:
-    """One row per continual-learning run: before (``_pt``), after (``_cl``), A, F, entropy, settings.
+    """One row per continual-learning run: before (``_pt``), after (``_cl``), A, F and settings.
 
-    ``_pt`` is the checkpoint as pretrained; after an intervention ``_modified`` is the changed model before
-    continual learning, and ``acquisition_modified`` / ``forgetting_modified`` take it as the baseline.
+    ``_pt`` is the checkpoint as pretrained; after an intervention ``_modified`` is the changed
+    model before continual learning, and ``acquisition_modified`` / ``forgetting_modified`` take it
+    as the baseline.
     """
     before = checkpoints.set_index(["seed", "step"])
     labels = {seed: study.stages(entropy, seed) for seed in study.profile.seeds}
@@ -263,6 +264,6 @@ def continual_table(
 
 
 def clean(study: Study) -> None:
-    """Delete everything this profile computed (not the fetched text, not the committed reference)."""
+    """Delete all that this profile computed (not the fetched text, nor the committed reference)."""
     for kind in ("corpus", "checkpoints", "measurements"):
         shutil.rmtree(study.data / kind / study.profile.profile, ignore_errors=True)

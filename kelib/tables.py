@@ -23,7 +23,7 @@ from kelib.errors import KelibError, listing
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary name beside ``path``, then rename. KelibError if that cannot be done."""
+    """Write ``text`` to a temporary name beside ``path``, then rename. KelibError if it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +41,9 @@ def write_atomically(path: Path, text: str) -> None:
 def write_table(table: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write ``path`` (CSV) and, first, ``path`` with suffix ``.json``: where the numbers come from.
 
-    Floats carry ten significant digits, enough to tell two runs apart and the same text on every machine
-    that computed the same numbers. The JSON holds the CSV's sha256, so that a later edit is noticed.
+    Floats carry ten significant digits, enough to tell two runs apart and the same text on every
+    machine that computed the same numbers. The JSON holds the CSV's sha256, so that a later edit is
+    noticed.
     """
     text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
     note = {**provenance, "rows": len(table), "sha256": _sha256(text.encode())}
@@ -73,9 +74,11 @@ def read_table(path: Path) -> pd.DataFrame:
 def read_provenance(path: Path) -> dict[str, Any]:
     """The JSON beside a table."""
     try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        return note if "sha256" in note else {}["sha256"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        note = dict(json.loads(path.with_suffix(".json").read_text()))
+        if "sha256" not in note:
+            raise ValueError("it has no sha256")
+        return note
+    except (OSError, ValueError, TypeError) as error:  # not JSON, or not a mapping
         raise KelibError(
             f"no readable provenance {path.with_suffix('.json')}; run its stage again"
         ) from error
@@ -134,7 +137,7 @@ def provenance(
 
 
 def stack_coefficients(files: Mapping[int, Path], path: Path) -> None:
-    """Gather the coefficient vectors of several checkpoints in one file, tensors ``step/layer`` (float64).
+    """Gather coefficient vectors of several checkpoints in one file, ``step/layer`` (float64).
 
     Vectors are mean coefficients; the files are those that ``EntropyMeasurement.save`` wrote.
     """

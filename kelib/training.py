@@ -22,7 +22,7 @@ LOSS_EVERY = 25  # steps between two readings of the loss: reading waits for an 
 
 
 def learning_rate_at(step: int, steps: int, peak: float, settings: Optimizer) -> float:
-    """Learning rate of step ``step`` (from 0): linear warm-up to ``peak``, then cosine to ``final_share``.
+    """Learning rate of ``step`` (from 0): linear warm-up to ``peak``, cosine to ``final_share``.
 
     ``lr = peak (s + 1) / w`` for ``s < w``, else
     ``peak (f + (1 - f) (1 + cos(pi (s - w) / (n - w))) / 2)`` with ``w`` warm-up steps of ``n``.
@@ -40,8 +40,8 @@ class Trainer:
 
     Args:
         model: a causal language model of transformers; trained in place, no dropout expected.
-        batch_at: step (from 0) -> token ids ``(B, T)`` of the *global* batch; each process takes its
-            equal share of the rows.
+        batch_at: step (from 0) -> token ids ``(B, T)`` of the *global* batch; each process takes
+            its equal share of the rows.
         steps, learning_rate, settings: the schedule, see :func:`learning_rate_at`.
 
     Weight decay goes to matrices only (embeddings included); vectors (norms, biases) have none.
@@ -73,9 +73,10 @@ class Trainer:
     def run(
         self, until: int | None = None, on_step: Callable[[int, Trainer], None] | None = None
     ) -> None:
-        """Train up to step ``until`` (default: the end); ``on_step(steps_done, trainer)`` after each step.
+        """Train up to step ``until`` (default: the end).
 
-        Raises KelibError at a loss that is not finite, naming its step; what was saved before stays.
+        ``on_step(steps_done, trainer)`` is called after each step. Raises KelibError at a loss that
+        is not finite, naming its step; what was saved before stays.
         """
         self.model.train()
         for step in range(self.step, self.steps if until is None else until):
@@ -107,7 +108,10 @@ class Trainer:
         return rows.to(self.accelerator.device)
 
     def read_losses(self) -> None:
-        """Move the losses of the latest steps to ``losses`` (nats per token, this process's share)."""
+        """Move the latest losses to ``losses`` (nats per token, this process's share).
+
+        Raises KelibError, naming the step, at one that is not finite.
+        """
         if not self._unread:
             return
         values = torch.stack(self._unread).float().cpu().tolist()
@@ -118,11 +122,12 @@ class Trainer:
             if not math.isfinite(value):
                 raise KelibError(
                     f"loss is {value} at step {first + offset} of {self.steps} (learning rate "
-                    f"{self.learning_rate:g}); lower the learning rate; earlier checkpoints are kept"
+                    f"{self.learning_rate:g}); lower the learning rate; earlier checkpoints are "
+                    "kept"
                 )
 
     def save_state(self, path: Path) -> None:
-        """Weights, optimizer moments, step and losses in one safetensors file, written whole or not at all."""
+        """Write weights, moments, step and losses in one safetensors file, whole or not at all."""
         self.read_losses()
         model = self.accelerator.unwrap_model(self.model)
         tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.named_parameters()}
@@ -136,7 +141,10 @@ class Trainer:
         temporary.replace(path)
 
     def load_state(self, path: Path) -> None:
-        """Continue where :meth:`save_state` stopped; same weights as if the run had not been interrupted."""
+        """Continue where :meth:`save_state` stopped, as if the run had not been interrupted.
+
+        Raises KelibError for a file that is missing, broken or of another model.
+        """
         model = self.accelerator.unwrap_model(self.model)
         device = str(self.accelerator.device)  # fused AdamW wants its moments beside the weights
         try:

@@ -44,8 +44,7 @@ OnFiring = Callable[[Firing], None]
 def watch_memories(
     layers: list[Layer], on_firing: OnFiring, *, relu: bool = False
 ) -> Iterator[None]:
-    """Call ``on_firing`` with every layer's coefficients at each forward pass while the scope
-    lasts.
+    """Call ``on_firing`` with the coefficients of every layer while the scope lasts.
 
     A dense layer fires once a pass; a mixture once for every expert that has a token, and once for
     every shared expert. With ``relu`` the activation is replaced by ReLU and negative values become

@@ -249,7 +249,7 @@ def test_short_text_is_read_again_not_cut(build, settings):
         ),
         (
             {"heldout_sequences": 2000},
-            r"corpus heldout_general: 2000 .* the text gives \d+; lower corpus.heldout_sequences",
+            r"corpus heldout_general: 2000 .* there are \d+; lower corpus.heldout_sequences",
         ),
     ],
 )

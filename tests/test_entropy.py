@@ -1,6 +1,4 @@
-"""Entropy in one pass: exact on every architecture, invariant, mergeable, and gone without a
-trace.
-"""
+"""Entropy in one pass: exact on every architecture, invariant, mergeable, traceless."""
 
 from __future__ import annotations
 
@@ -125,6 +123,9 @@ def test_lists_and_arrays_do_as_input() -> None:
     one = measure_entropy(model, [{"input_ids": ids}], **ALL)
     two = measure_entropy(model, iter([{"input_ids": np.array(ids, dtype=np.uint16)}]), **ALL)
     same(one, two, 1e-12)
+    blocks = np.array(ids, dtype=np.uint16)
+    blocks.flags.writeable = False  # as memory-mapped blocks are; torch would warn
+    same(measure_entropy(model, [{"input_ids": blocks}], **ALL), one, 1e-12)
 
 
 @pytest.mark.gpu
@@ -343,9 +344,7 @@ def synthetic(random: np.random.Generator, sequences: int) -> EntropyMeasurement
 
 
 def test_jackknife_estimates_the_spread_of_the_entropy() -> None:
-    """Over many data sets the mean squared error estimate is the variance of the estimate; block
-    sizes are unequal.
-    """
+    """Over many data sets, blocks of unequal size, error estimates match the spread."""
     random = np.random.default_rng(0)
     found = [synthetic(random, 150) for _ in range(1500)]
     spread = np.std([m.knowledge_entropy[0] for m in found])
@@ -377,9 +376,7 @@ def test_uncertainty_needs_blocks_and_two_sequences() -> None:
 
 
 def one_process(rank: int, count: int, folder: str) -> None:
-    """Runs in a process of its own: measure together, save what this rank got, and the errors it
-    met.
-    """
+    """Runs in a process of its own and saves what this rank got, and its errors."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
@@ -523,6 +520,12 @@ def test_attention_that_is_hidden_from_kelib() -> None:
         inner.forward = lambda hidden_states, **_others: (hidden_states, None)
     with pytest.raises(KelibError, match="does not go through transformers' AttentionInterface"):
         measure_entropy(model, [padded(SEQUENCES, "left")], attention=True)
+
+
+def test_attention_with_sinks_is_refused() -> None:
+    batch = padded(SEQUENCES, "left")
+    with pytest.raises(KelibError, match="GptOssAttention uses s_aux: attention entropy"):
+        measure_entropy(build("gpt_oss"), [batch], attention=True)
 
 
 def test_shannon_entropy_of_extremes() -> None:

@@ -55,6 +55,21 @@ def test_coefficients_times_values_is_the_output(name: str) -> None:
     assert [type(layer) for layer in feed_forwards(model)] == kinds
 
 
+@pytest.mark.parametrize(("name", "memories"), [("gpt_oss", [160, 160]), ("glm4_moe", [40, 100])])
+def test_other_experts_are_found_too(name: str, memories: list[int]) -> None:
+    """Transposed, interleaved, with biases (GPT-OSS); an expert shared without a gate (GLM)."""
+    model = build(name)
+    assert [layer.memories for layer in feed_forwards(model)] == memories
+    assert (self_test(model) < 1e-6).all()
+    found = measure_entropy(model, [{"input_ids": IDS}], coefficient="relu", uncertainty=True)
+    assert (found.knowledge_entropy > 0).all() and (found.knowledge_entropy_error > 0).all()
+
+
+def test_experts_that_kelib_cannot_run_are_refused() -> None:
+    with pytest.raises(KelibError, match=r"layer 0 of Llama4.* are given the indices .* found 2"):
+        feed_forwards(build("llama4"))
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_self_test_in_other_dtypes(kind: torch.dtype) -> None:
     limit = {torch.bfloat16: 3e-2, torch.float64: 1e-12}[kind]

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
+from kelib import corpus
 from kelib.config import load_profile
 from kelib.entropy import shannon_entropy
 from kelib.errors import KelibError
 from kelib.metrics import knowledge_score
-from kelib.runs import count_states, execute
+from kelib.runs import count_states, execute, perform
 from kelib.study import (
     AFTER_PEAK,
     CHANCE,
@@ -47,6 +48,11 @@ class Finished:
 
     def __init__(self, data):
         self.study = Study(load_profile("smoke", SMALL), data)
+        with pytest.MonkeyPatch.context() as patch:  # less text, so that this is done in a second
+            patch.setattr(corpus, "GENERATED_DOCUMENTS", 1500)
+            patch.setattr(corpus, "TOKENIZER_CHARACTERS", 100_000)
+            for seed in SEEDS:
+                perform(self.study.corpus_run(seed))
         self.study.run(self.study.measure_runs(), "measure")
         self.entropy, self.checkpoints = checkpoint_tables(self.study)
         self.continual = self.study.continual_runs(self.entropy)

@@ -136,7 +136,7 @@ def test_a_missing_table_lists_what_there_is(tmp_path, table):
         read_table(tmp_path / "nowhere" / "t.csv")
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"rows": 3}'])
+@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", "7", '{"rows": 3}'])
 def test_a_table_without_a_readable_note_is_refused(tmp_path, table, text):
     write_table(table, tmp_path / "t.csv", {})
     (tmp_path / "t.json").unlink() if text is None else (tmp_path / "t.json").write_text(text)

@@ -85,7 +85,7 @@ def test_cosine_at_three_quarters_by_hand():
     assert learning_rate_at(0, 20, 2.0, settings) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("warmup", "first"), [(0.0, 1.0), (0.01, 1.0), (1.0, 0.1)])
+@pytest.mark.parametrize(("warmup", "first"), [(0.0, 1.0), (0.01, 1.0), (0.25, 1 / 3), (1.0, 0.1)])
 def test_short_runs_and_extreme_shares_have_a_schedule(warmup, first):
     settings = Optimizer(weight_decay=0.0, warmup_share=warmup)
     rates = [learning_rate_at(step, 10, 1.0, settings) for step in range(10)]
