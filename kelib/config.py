@@ -151,8 +151,8 @@ class Pretraining:
 @dataclasses.dataclass(frozen=True)
 class Continual:
     """Continual knowledge learning. ``stages`` are shares of pretraining, each met by the nearest
-    checkpoint; the first checkpoint after the entropy peak is always added in front
-    (the claims compare it with the last stage)."""
+    checkpoint; those before the entropy peak are left out, so that the first one is the first
+    stage after it."""
 
     steps: int
     batch_size: int

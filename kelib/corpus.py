@@ -99,7 +99,7 @@ def pack(
     for chunk in _chunks(documents, 512):
         for encoding in tokenizer.encode_batch(chunk):
             ids.extend(encoding.ids)
-            ids.append(end)
+            ids.append(end)  # type: ignore[arg-type]  # train_tokenizer adds it to every tokenizer
         if want is not None and len(ids) >= want:
             break
     full = len(ids) // length if want is None else min(len(ids), want) // length

@@ -57,13 +57,13 @@ class Injector:
     """
 
     schedule: pd.DataFrame
-    passages: dict[
-        tuple[str, int], list[list[int]]
-    ]  # (entry_set, entry) -> token ids of each wording
+    # (entry_set, entry) -> token ids of each wording
+    passages: dict[tuple[str, int], list[list[int]]]
 
     def __post_init__(self) -> None:
         self.exposures: dict[tuple[str, int], int] = dict.fromkeys(self.passages, 0)
-        self._by_step = {int(step): part for step, part in self.schedule.groupby("step")}
+        groups = self.schedule.groupby("step")
+        self._by_step = {int(step): part for step, part in groups}  # type: ignore[arg-type]
         for key, wordings in self.passages.items():
             if any(len(ids) == 0 for ids in wordings):
                 raise KelibError(f"entry {key} has a passage without tokens")

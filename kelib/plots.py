@@ -53,7 +53,8 @@ def panels(
     figure, axes = plt.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False
     )
-    figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))  # type: ignore[union-attr]
+    layout: Any = figure.get_layout_engine()  # the type of its base class knows no ``rect``
+    layout.set(rect=(0, 0.025, 1, 0.975))
     return figure, axes
 
 
@@ -67,7 +68,7 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
     several = table["seed"].nunique() > 1
     keys = list(by)
     if several:
-        table = table.groupby([*keys, "seed"], as_index=False)[value].mean()
+        table = table.groupby([*keys, "seed"])[value].mean().reset_index()
     rows = []
     for group, part in table.groupby(keys):
         values = part[value].dropna().to_numpy()  # F over chance is NaN where nothing was learnt
@@ -82,7 +83,8 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
 def _series(ax: Axes, x: Any, part: pd.DataFrame, index: int, label: str, **style: Any) -> None:
     """One line with markers and intervals."""
     errors = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
-    options = {"color": COLOURS[index], "marker": MARKERS[index], "capsize": 2, "lw": 1.2} | style
+    options: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index], "capsize": 2}
+    options |= {"lw": 1.2} | style
     ax.errorbar(x, part["mean"], yerr=np.nan_to_num(errors), label=label, **options)
 
 
@@ -134,6 +136,7 @@ def layer_changes(entropy: pd.DataFrame, ax: Axes, peak: int, tokens_per_step: i
     """
     table = entropy.pivot(index="step", columns="layer", values="entropy_nats")
     late = table.loc[peak:] - table.loc[peak]
+    layer: Any  # labels of columns have no types of their own
     for index, layer in enumerate(late.columns):
         ax.plot(
             late.index,
@@ -149,9 +152,15 @@ def layer_changes(entropy: pd.DataFrame, ax: Axes, peak: int, tokens_per_step: i
     ax.set_xlabel("pretraining step")
     ax.set_ylabel("change since the peak (nats)")
     ax.legend(fontsize=7)
-    top = ax.secondary_xaxis(
-        "top", functions=(lambda s: s * tokens_per_step / 1e6, lambda t: t * 1e6 / tokens_per_step)
-    )
+    millions = tokens_per_step / 1e6
+
+    def tokens_of(step: Any) -> Any:
+        return step * millions
+
+    def step_of(tokens: Any) -> Any:
+        return tokens / millions
+
+    top = ax.secondary_xaxis("top", functions=(tokens_of, step_of))
     top.set_xlabel("tokens (millions)", fontsize=7)
     top.tick_params(labelsize=7)
     return ax
@@ -186,7 +195,7 @@ def by_arm(
     ``summary`` comes from :func:`summarise` by learning_rate and arm.
     """
     for index, (rate, part) in enumerate(summary.groupby("learning_rate", sort=False)):
-        part = part.set_index("arm").reindex(arms)
+        part = part.set_index("arm").reindex(list(arms))
         part = part.assign(**{c: part[c] * scale for c in ("mean", "low", "high")})
         _series(
             ax, np.arange(len(arms)) + 0.08 * (index - 0.5), part, index, f"CL rate {rate:g}", ls=""
@@ -204,13 +213,14 @@ def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
     ``claims`` has columns label, mean, low95, high95, smallest_effect, direction, verdict.
     """
     claims = claims.reset_index(drop=True)
+    row: Any  # columns have no types of their own
     for row in claims.itertuples():
-        unit = row.direction / row.smallest_effect  # type: ignore[operator]
-        y = len(claims) - 1 - row.Index  # type: ignore[operator]
-        ends = sorted((row.low95 * unit, row.high95 * unit))  # type: ignore[operator]
+        unit = row.direction / row.smallest_effect
+        y = len(claims) - 1 - row.Index
+        ends = sorted((row.low95 * unit, row.high95 * unit))
         colour = VERDICT_COLOURS.get(str(row.verdict), "0.35")
         ax.plot(ends, [y, y], color=colour, lw=1.5)
-        ax.plot(row.mean * unit, y, "o", color=colour)  # type: ignore[operator]
+        ax.plot(row.mean * unit, y, "o", color=colour)
         ax.annotate(
             str(row.verdict),
             (1.01, y),
@@ -231,7 +241,8 @@ def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
 
 def _regime_lines(table: pd.DataFrame, ax: Axes, chosen: str, value: str, ylabel: str) -> Axes:
     for index, (regime, part) in enumerate(table.groupby("regime", sort=False)):
-        style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "ms": 3, "alpha": 0.9}
+        style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+        style |= {"ms": 3, "alpha": 0.9}
         width = 2.2 if regime == chosen else 0.9
         for number, (_, line) in enumerate(part.groupby("seed")):
             label = str(regime) if number == 0 else None

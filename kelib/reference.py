@@ -79,6 +79,7 @@ def claims_markdown(claims: pd.DataFrame) -> str:
         "| claim | CL rate | n | effect | 95 % interval | verdict | the paper |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    row: Any  # columns have no types of their own
     for row in claims[claims["primary"]].itertuples():
         interval = "none" if pd.isna(row.low95) else f"{row.low95:+.3f} … {row.high95:+.3f}"
         effect = "" if pd.isna(row.mean) else f"{row.mean:+.3f} {row.unit}"

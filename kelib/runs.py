@@ -8,7 +8,6 @@ writers never meet.
 
 from __future__ import annotations
 
-import ast
 import fcntl
 import functools
 import json
@@ -16,7 +15,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -30,53 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
 
+from kelib.code_table import code_digest
 from kelib.config import digest
 from kelib.errors import KelibError, listing
+from kelib.progress import Progress
 
-# Modules of each kind of run whose code its numbers rest on (beside those of its inputs), or one
-# function of a module that also holds what no run rests on.
-_MEASURING = (
-    *("architectures", "watching", "jackknife", "scoring", "evaluation"),
-    *("entropy", "accumulation", "attention", "batches", "logits", "measurement", "processes"),
-    *("metrics:knowledge_score", "metrics:knowledge_by"),
-    *("metrics:_per_entry", "metrics:_over_sets"),
-)
-CODE = {
-    "corpus": (
-        *("jobs:corpus", "sources", "parsing", "corpus"),
-        *("world", "entries", "dice", "wordings"),
-    ),
-    "pretrain": ("jobs:pretrain", "training", "checkpoints"),
-    "measure": ("jobs:measure", *_MEASURING),
-    "continual": (
-        *("jobs:continual", "training", "injection", "interventions", "ffn"),
-        *_MEASURING,
-    ),
-}
 # glibc hands large blocks back to the system at once and pays for fresh pages at every step;
 # keeping them made a training step of the small model up to 1.9 times faster with both cores busy.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-
-
-@functools.cache
-def code_digest(kind: str) -> str:
-    """Digest of the code a kind of run rests on, without comments, docstrings and layout."""
-    return digest({name: _plain_code(name, Path(__file__).parent) for name in CODE[kind]})
-
-
-def _plain_code(name: str, folder: Path) -> str:
-    module, _, function = name.partition(":")
-    tree: ast.AST = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
-    if function:
-        tree = {getattr(node, "name", ""): node for node in ast.iter_child_nodes(tree)}[function]
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 @dataclass(frozen=True)
@@ -181,9 +141,8 @@ def perform(run: Run) -> float:
 
     Raises KelibError if another process is writing it, or its folder cannot be written.
     """
-    from kelib import (
-        jobs,
-    )  # imports torch, which the process that only hands out runs does not need
+    # imports torch, which the process that only hands out runs does not need
+    from kelib import jobs
 
     if run.done:
         return 0.0
@@ -395,35 +354,6 @@ def _broken(waiting: Iterable[Run], children: Iterable[BaseProcess]) -> str:
     for run in begun:
         _note_failure(run, reason)
     return "; ".join(f"{run.kind} {run.digest}" for run in begun) + f": {reason}"
-
-
-class Progress:
-    """A bar with rate and time left in a terminal or an open notebook, else a line per interval."""
-
-    def __init__(self, title: str, total: int, interval: float = 20.0) -> None:
-        self.title, self.total, self.interval = title, total, interval
-        self.start = self.last = time.monotonic()
-        lines = os.environ.get("KELIB_PROGRESS") == "lines"
-        interactive = not lines and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        self.bar = tqdm(total=total, desc=title, unit="run") if interactive else None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def show(self, done: float) -> None:
-        """Show that ``done`` (a fraction counts) of the runs are finished."""
-        if self.bar is not None:
-            self.bar.n = round(done, 2)
-            self.bar.refresh()
-        elif time.monotonic() - self.last > self.interval or done == self.total:
-            self.last = time.monotonic()
-            passed = self.last - self.start
-            left = f"{passed * (self.total - done) / done:.0f} s left" if done > 0 else "starting"
-            print(f"{self.title}: {done:.1f} of {self.total}, {passed:.0f} s, {left}", flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def count_states(runs: Iterable[Run]) -> dict[str, int]:

@@ -20,7 +20,6 @@ from kelib.runs import Run, execute
 from kelib.tables import stack_coefficients
 
 CHANCE = 0.25
-AFTER_PEAK = "after peak"
 
 
 @dataclass(frozen=True)
@@ -110,20 +109,18 @@ class Study:
     def stages(self, entropy: pd.DataFrame, seed: int) -> dict[str, int]:
         """Checkpoints that continual learning starts from, label -> step, in order.
 
-        The first checkpoint after the one of highest entropy (summed over layers), then the
-        checkpoint nearest to each share of ``continual.stages`` that lies later.
+        The checkpoints nearest to the shares of ``continual.stages`` that lie after the entropy
+        peak, so that the first of them is the first stage after it. Where fewer than two do, all
+        stages are kept: there is no fall to follow, which the claims table then says.
         """
-        total = entropy[entropy["seed"] == seed].groupby("step")["entropy_nats"].sum()
-        if total.empty:
-            raise KelibError(f"the entropy table has no seed {seed}: run stage 2 first")
-        later = total.index[total.index > peak_step(entropy, seed)]
-        chosen = {AFTER_PEAK: int(later[0])} if len(later) else {}
-        steps = np.array(total.index)
+        peak = peak_step(entropy, seed)
+        steps = np.sort(entropy.loc[entropy["seed"] == seed, "step"].unique())
+        nearest: dict[int, str] = {}
         for share in sorted(self.profile.continual.stages):
             near = int(steps[np.abs(steps - share * self.profile.pretraining.steps).argmin()])
-            if near > max(chosen.values(), default=0):
-                chosen[f"{share:.0%}"] = near
-        return chosen
+            nearest[near] = f"{share:.0%}"
+        after = {label: step for step, label in nearest.items() if step > peak}
+        return after if len(after) > 1 else {label: step for step, label in nearest.items()}
 
     def continual_runs(self, entropy: pd.DataFrame) -> list[Run]:
         """Every stage at every learning rate and CL seed, with and without injection."""
@@ -163,6 +160,8 @@ def peak_step(entropy: pd.DataFrame, seed: int) -> int:
     checkpoint of the first tenth of training, where the collapse lies.
     """
     total = entropy[entropy["seed"] == seed].groupby("step")["entropy_nats"].sum()
+    if total.empty:
+        raise KelibError(f"the entropy table has no seed {seed}: run stage 2 first")
     early = total[total.index <= max(0.1 * total.index.max(), total.index.min())]
     return int(total[total.index >= early.idxmin()].idxmax())
 

@@ -14,7 +14,9 @@ from kelib.config import profiles, repository_root
 
 
 @pytest.mark.parametrize("command", ["profile", "status", "data", "clean"])
-def test_unknown_profile_lists_what_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_profile_lists_what_exists(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([command, "smal"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("kelib: unknown profile 'smal'") and error.count("\n") == 1
@@ -26,7 +28,9 @@ def test_profile_prints_its_digest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "digest" in capsys.readouterr().out
 
 
-def test_missing_notebook_and_malformed_parameter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_notebook_and_malformed_parameter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["notebook", str(tmp_path / "no.ipynb"), str(tmp_path / "out.ipynb")]) == 1
     assert "no notebook" in capsys.readouterr().err
     assert main(["notebook", "a", "b", "-p", "oops"]) == 1

@@ -1,14 +1,19 @@
-"""The table of modules that a run's digest rests on, against what its job really imports."""
+"""The table of code that a run's digest rests on: what its job really imports, and what changes
+it.
+"""
 
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
 
+from kelib import code_table, jobs
+from kelib.code_table import CODE, code_digest
 from kelib.config import load_profile
-from kelib.runs import CODE, Run
+from kelib.runs import Run
 from kelib.study import Study
 
 KELIB = Path(__file__).parents[1] / "kelib"
@@ -69,7 +74,9 @@ def covered(run: Run) -> set[str]:
 
 @pytest.mark.parametrize("kind", CODE)
 def test_the_digest_covers_what_the_job_imports(kind: str) -> None:
-    assert reached(kind) - covered(run_of(kind)) == set(), "add these to CODE in kelib/runs.py"
+    assert reached(kind) - covered(run_of(kind)) == set(), (
+        "add these to CODE in kelib/code_table.py"
+    )
     assert listed(kind) - reached(kind) == set(), "no job of this kind imports these"
 
 
@@ -79,3 +86,76 @@ def test_imports_are_found_in_every_form_and_through_other_modules() -> None:
     assert imported(ast.parse(code)) == set("abcde")
     assert {"sources", "parsing", "dice", "wordings"} <= reached("corpus")
     assert "training" not in reached("corpus") and "injection" not in reached("pretrain")
+
+
+@pytest.fixture
+def copied_code(tmp_path, monkeypatch):
+    """``copied_code(module, old, new)``: digests by kind if kelib's code read so.
+
+    Without ``old`` a statement is added at the end: of the module, or of ``module:function``.
+    """
+
+    def digests(place=None, old="", new=""):
+        folder = tmp_path / "code"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(KELIB, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        if place is not None:
+            module, _, function = place.partition(":")
+            path = folder / f"{module}.py"
+            text = path.read_text()
+            assert old in text
+            if not old and not function:
+                text += "\nassert True\n"
+            elif not old:
+                body = next(
+                    n.body for n in ast.parse(text).body if getattr(n, "name", "") == function
+                )
+                lines = text.splitlines()
+                lines.insert(body[-1].lineno - 1, " " * body[-1].col_offset + "assert True")
+                text = "\n".join(lines)
+            path.write_text(text.replace(old, new, 1) if old else text)
+        monkeypatch.setattr(code_table, "__file__", str(folder / "code_table.py"))
+        return {kind: code_digest.__wrapped__(kind) for kind in CODE}
+
+    return digests
+
+
+def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
+    before = copied_code()
+    assert before == {kind: code_digest(kind) for kind in CODE}
+    assert before == copied_code("training", '"""The one training loop', '"""Another docstring')
+    assert before == copied_code("training", '    """AdamW on batches', '    """Adam on batches')
+    assert before == copied_code("training", "import json\n", "# a remark\n\nimport json  # why\n")
+    assert before == copied_code("training", "low + (1 - low)", "low + (  1 - low  )")
+
+
+@pytest.mark.parametrize(
+    ("place", "kinds"),
+    [
+        ("corpus", {"corpus"}),
+        ("wordings", {"corpus"}),
+        ("training", {"pretrain", "continual"}),
+        ("entropy", {"measure", "continual"}),
+        ("scoring", {"measure", "continual"}),
+        ("interventions", {"continual"}),
+        ("jobs:continual", {"continual"}),
+        ("jobs:pretrain", {"pretrain"}),
+        ("metrics:knowledge_score", {"measure", "continual"}),
+        ("metrics:bootstrap_interval", set()),  # no stored number rests on these
+        ("runs", set()),
+        ("plots", set()),
+    ],
+)
+def test_code_changes_the_digest_of_what_rests_on_it(copied_code, place, kinds):
+    before, after = copied_code(), copied_code(place)
+    assert {kind for kind in CODE if before[kind] != after[kind]} == kinds
+
+
+def test_a_number_in_the_code_changes_the_digest(copied_code):
+    before = copied_code()
+    after = copied_code("training", "0.5 * (1 + math.cos", "0.4 * (1 + math.cos")
+    assert {kind for kind in CODE if before[kind] != after[kind]} == {"pretrain", "continual"}
+
+
+def test_every_kind_has_its_job_in_its_digest():
+    assert all(f"jobs:{kind}" in CODE[kind] and callable(getattr(jobs, kind)) for kind in CODE)

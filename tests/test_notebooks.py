@@ -1,4 +1,6 @@
-"""Notebooks: their form, their parameters, and that no fetched text is in what is committed or drawn."""
+"""Notebooks: their form, their parameters, and that no fetched text is in what is committed or
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_unknown_parameter_is_refused_before_anything_runs(tmp_path: Path) -> No
 
 
 def test_parameters_reach_the_notebook_and_the_output_appears_whole(tmp_path: Path) -> None:
-    run_notebook(small_notebook(tmp_path, "print(number + 1)"), tmp_path / "out.ipynb", {"number": 6})
+    run_notebook(
+        small_notebook(tmp_path, "print(number + 1)"), tmp_path / "out.ipynb", {"number": 6}
+    )
     printed = [out.text for cell in code_cells(tmp_path / "out.ipynb") for out in cell.outputs]
     assert printed == ["7\n"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ipynb", "small.ipynb"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import fcntl
-import io
 import json
 import os
 import pickle
@@ -23,9 +21,10 @@ import pytest
 
 from kelib import corpus as corpus_module
 from kelib import jobs, runs
+from kelib.code_table import code_digest
 from kelib.config import load_profile
 from kelib.errors import KelibError
-from kelib.runs import CODE, Progress, Run, code_digest, count_states, execute, perform, with_inputs
+from kelib.runs import Run, count_states, execute, perform, with_inputs
 from kelib.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,79 +165,6 @@ def test_the_digest_follows_kind_settings_inputs_and_nothing_else(tmp_path):
         Run("corpus", tmp_path, {"seed": 1}, {"corpus": bare(tmp_path, seed=2)}),
     ]
     assert len({run.digest for run in different}) == len(different)
-
-
-@pytest.fixture
-def copied_code(tmp_path, monkeypatch):
-    """``copied_code(module, old, new)``: digests by kind if kelib's code read so.
-
-    Without ``old`` a statement is added at the end: of the module, or of ``module:function``.
-    """
-
-    def digests(place=None, old="", new=""):
-        folder = tmp_path / "code"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(ROOT / "kelib", folder, ignore=shutil.ignore_patterns("__pycache__"))
-        if place is not None:
-            module, _, function = place.partition(":")
-            path = folder / f"{module}.py"
-            text = path.read_text()
-            assert old in text
-            if not old and not function:
-                text += "\nassert True\n"
-            elif not old:
-                body = next(
-                    n.body for n in ast.parse(text).body if getattr(n, "name", "") == function
-                )
-                lines = text.splitlines()
-                lines.insert(body[-1].lineno - 1, " " * body[-1].col_offset + "assert True")
-                text = "\n".join(lines)
-            path.write_text(text.replace(old, new, 1) if old else text)
-        monkeypatch.setattr(runs, "__file__", str(folder / "runs.py"))
-        return {kind: code_digest.__wrapped__(kind) for kind in CODE}
-
-    return digests
-
-
-def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
-    before = copied_code()
-    assert before == {kind: code_digest(kind) for kind in CODE}
-    assert before == copied_code("training", '"""The one training loop', '"""Another docstring')
-    assert before == copied_code("training", '    """AdamW on batches', '    """Adam on batches')
-    assert before == copied_code("training", "import json\n", "# a remark\n\nimport json  # why\n")
-    assert before == copied_code("training", "low + (1 - low)", "low + (  1 - low  )")
-
-
-@pytest.mark.parametrize(
-    ("place", "kinds"),
-    [
-        ("corpus", {"corpus"}),
-        ("wordings", {"corpus"}),
-        ("training", {"pretrain", "continual"}),
-        ("entropy", {"measure", "continual"}),
-        ("scoring", {"measure", "continual"}),
-        ("interventions", {"continual"}),
-        ("jobs:continual", {"continual"}),
-        ("jobs:pretrain", {"pretrain"}),
-        ("metrics:knowledge_score", {"measure", "continual"}),
-        ("metrics:bootstrap_interval", set()),  # no stored number rests on these
-        ("runs", set()),
-        ("plots", set()),
-    ],
-)
-def test_code_changes_the_digest_of_what_rests_on_it(copied_code, place, kinds):
-    before, after = copied_code(), copied_code(place)
-    assert {kind for kind in CODE if before[kind] != after[kind]} == kinds
-
-
-def test_a_number_in_the_code_changes_the_digest(copied_code):
-    before = copied_code()
-    after = copied_code("training", "0.5 * (1 + math.cos", "0.4 * (1 + math.cos")
-    assert {kind for kind in CODE if before[kind] != after[kind]} == {"pretrain", "continual"}
-
-
-def test_every_kind_has_its_job_in_its_digest():
-    assert all(f"jobs:{kind}" in CODE[kind] and callable(getattr(jobs, kind)) for kind in CODE)
 
 
 # --- what is done, and in which order -------------------------------------------------------------
@@ -558,47 +484,3 @@ def test_a_writer_that_comes_second_finds_the_run_done(study, made):
     assert spent == [0]
     assert run.done and not run.partial.exists()
     assert_same_run(run.folder, made.pretrain_run(100).folder)
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-def test_progress_without_a_terminal_is_lines(monkeypatch, capsys):
-    monkeypatch.delenv("KELIB_PROGRESS", raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with Progress("stage: measure", 4, interval=0) as bar:
-        assert bar.bar is None
-        bar.show(0)
-        bar.show(1.5)
-        bar.show(4)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("stage: measure: 0.0 of 4, 0 s, starting")
-    assert lines[1].startswith("stage: measure: 1.5 of 4, 0 s, ") and lines[1].endswith("s left")
-    assert lines[2] == "stage: measure: 4.0 of 4, 0 s, 0 s left"
-    assert len(lines) == 3 and sys.stderr.getvalue() == ""
-
-
-def test_progress_prints_one_line_an_interval(monkeypatch, capsys):
-    monkeypatch.setenv("KELIB_PROGRESS", "lines")
-    with Progress("stage", 100, interval=1000) as bar:
-        for done in range(1, 101):
-            bar.show(done)
-    assert capsys.readouterr().out == "stage: 100.0 of 100, 0 s, 0 s left\n"
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_in_a_terminal_is_a_bar(monkeypatch, capsys):
-    monkeypatch.delenv("KELIB_PROGRESS", raising=False)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with Progress("stage", 4) as bar:
-        bar.show(2.5)
-    shown = sys.stderr.getvalue()
-    assert "stage" in shown and "2.5/4" in shown
-    assert capsys.readouterr().out == ""
-    monkeypatch.setenv("KELIB_PROGRESS", "lines")
-    assert Progress("stage", 4).bar is None

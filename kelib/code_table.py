@@ -1,0 +1,53 @@
+"""Which code the numbers of each kind of run rest on, and its digest.
+
+A run made with other code is another run. Code that no stored number rests on (plots, statistics
+of finished runs, handing out of runs) is not listed, so that changing it makes nothing run again.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+from kelib.config import digest
+
+# Modules of each kind of run whose code its numbers rest on (beside those of its inputs), or one
+# function of a module that also holds what no run rests on.
+_MEASURING = (
+    *("architectures", "watching", "jackknife", "scoring", "evaluation"),
+    *("entropy", "accumulation", "attention", "batches", "logits", "measurement", "processes"),
+    *("metrics:knowledge_score", "metrics:knowledge_by"),
+    *("metrics:_per_entry", "metrics:_over_sets"),
+)
+CODE = {
+    "corpus": (
+        *("jobs:corpus", "sources", "parsing", "corpus"),
+        *("world", "entries", "dice", "wordings"),
+    ),
+    "pretrain": ("jobs:pretrain", "training", "checkpoints"),
+    "measure": ("jobs:measure", *_MEASURING),
+    "continual": (
+        *("jobs:continual", "training", "injection", "interventions", "ffn"),
+        *_MEASURING,
+    ),
+}
+
+
+@functools.cache
+def code_digest(kind: str) -> str:
+    """Digest of the code a kind of run rests on, without comments, docstrings and layout."""
+    return digest({name: _plain_code(name, Path(__file__).parent) for name in CODE[kind]})
+
+
+def _plain_code(name: str, folder: Path) -> str:
+    module, _, function = name.partition(":")
+    tree: ast.AST = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
+    if function:
+        tree = {getattr(node, "name", ""): node for node in ast.iter_child_nodes(tree)}[function]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return ast.dump(tree)
