@@ -62,8 +62,10 @@ class Injector:
 
     def __post_init__(self) -> None:
         self.exposures: dict[tuple[str, int], int] = dict.fromkeys(self.passages, 0)
-        groups = self.schedule.groupby("step")
-        self._by_step = {int(step): part for step, part in groups}  # type: ignore[arg-type]
+        self._by_step = {
+            int(step): part  # type: ignore[arg-type]
+            for step, part in self.schedule.groupby("step")
+        }
         for key, wordings in self.passages.items():
             if any(len(ids) == 0 for ids in wordings):
                 raise KelibError(f"entry {key} has a passage without tokens")

@@ -1,6 +1,4 @@
-"""The table of code that a run's digest rests on: what its job really imports, and what changes
-it.
-"""
+"""The code table against what the jobs really import, and what changes a run's digest."""
 
 from __future__ import annotations
 
@@ -74,9 +72,7 @@ def covered(run: Run) -> set[str]:
 
 @pytest.mark.parametrize("kind", CODE)
 def test_the_digest_covers_what_the_job_imports(kind: str) -> None:
-    assert reached(kind) - covered(run_of(kind)) == set(), (
-        "add these to CODE in kelib/code_table.py"
-    )
+    assert reached(kind) - covered(run_of(kind)) == set(), "add these to kelib/code_table.py"
     assert listed(kind) - reached(kind) == set(), "no job of this kind imports these"
 
 

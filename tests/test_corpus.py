@@ -69,9 +69,7 @@ def test_a_generated_source_is_another_world_than_the_facts(settings, world, tmp
 
 
 def test_unknown_source_lists_what_exists(settings, tmp_path):
-    with pytest.raises(
-        KelibError, match=r"unknown source 'newz': name one of .*pubmed.*generated:"
-    ):
+    with pytest.raises(KelibError, match=r"unknown source 'newz': use .*pubmed.*generated:"):
         source_documents("newz", tmp_path, settings, 3)
 
 
@@ -244,7 +242,7 @@ def test_short_text_is_read_again_not_cut(build, settings):
     [
         (
             {"entropy_sequences": 2000},
-            r"corpus entropy: 2000 sequences of 32 tokens wanted, the text gives \d+; "
+            r"corpus entropy: 2000 sequences of 32 tokens wanted, there are \d+; "
             "lower corpus.entropy_sequences or add a source",
         ),
         (

@@ -1,6 +1,4 @@
-"""Notebooks: their form, their parameters, and that no fetched text is in what is committed or
-drawn.
-"""
+"""Notebooks: form, parameters, and that no fetched text is in what is committed or drawn."""
 
 from __future__ import annotations
 
