@@ -68,9 +68,9 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
     several = table["seed"].nunique() > 1
     keys = list(by)
     if several:
-        table = table.groupby([*keys, "seed"])[value].mean().reset_index()
+        table = table.groupby([*keys, "seed"], observed=True)[value].mean().reset_index()
     rows = []
-    for group, part in table.groupby(keys):
+    for group, part in table.groupby(keys, observed=True):
         values = part[value].dropna().to_numpy()  # F over chance is NaN where nothing was learnt
         interval = mean_interval(values) if len(values) else Interval(0, *[np.nan] * 3)
         names = group if isinstance(group, tuple) else (group,)
@@ -83,8 +83,8 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
 def _series(ax: Axes, x: Any, part: pd.DataFrame, index: int, label: str, **style: Any) -> None:
     """One line with markers and intervals."""
     errors = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
-    options: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index], "capsize": 2}
-    options |= {"lw": 1.2} | style
+    options: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+    options |= {"capsize": 2, "lw": 1.2} | style
     ax.errorbar(x, part["mean"], yerr=np.nan_to_num(errors), label=label, **options)
 
 
@@ -200,7 +200,7 @@ def by_arm(
         _series(
             ax, np.arange(len(arms)) + 0.08 * (index - 0.5), part, index, f"CL rate {rate:g}", ls=""
         )
-        ax.axhline(part["mean"].iloc[0], color=COLOURS[index], lw=0.8, ls="--")
+        ax.axhline(part["mean"].iloc[0], color=COLOURS[index % 7], lw=0.8, ls="--")
     ax.set_xticks(range(len(arms)), arms)
     ax.set_ylabel(ylabel)
     return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kelib.config import repository_root
+from kelib.config import load_profile, repository_root
 from kelib.errors import KelibError, listing
 from kelib.results import Tables, open_tables, promote_files
 from kelib.study import peak_step
 from kelib.tables import read_provenance, read_table, write_atomically
 
 README_PROFILE = "small"
-SEARCH = "search"
+SEARCH, SEARCH_NOTEBOOK = "search", "ours_search"
 SEARCH_TABLES = ("entropy", "checkpoints", "continual")
 TABLES = ("pretraining", "entropy", "checkpoints", "continual", "interventions")
 START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
@@ -27,10 +28,10 @@ def promote(name: str) -> None:
 
     ``name`` is a profile or ``search``. Measurements are tables, their provenance and
     mean-coefficient
-    vectors: no weights, no text. Then the figure notebooks are executed in place, so that their
-    committed outputs come from these very numbers, and the generated parts of the README are
-    written anew. Raises KelibError if a table or figure is missing or was changed after it was
-    written.
+    vectors: no weights, no text. Then the notebooks that show these numbers when opened without
+    parameters are executed in place, and for profile ``small`` the generated parts of the README
+    are written anew. Raises KelibError if a table or figure is missing, if a table was changed
+    after it was written, or if a figure was drawn from other tables.
     """
     root = repository_root()
     measured, drawn = root / "data" / "measurements" / name, root / "figures" / name
@@ -42,9 +43,7 @@ def promote(name: str) -> None:
             raise KelibError(
                 f"{table}.csv was made by profile {made_with}, not {name}; run it again"
             )
-    figures = sorted(path for path in drawn.glob("*.json") if not path.name.startswith("."))
-    if not figures:
-        raise KelibError(f"no figures in {drawn}: run make figures PROFILE={name}")
+    figures = _drawn_figures(name, drawn, measured)
     promote_files(
         [
             *(measured / f"{table}{suffix}" for table in tables for suffix in (".csv", ".json")),
@@ -55,9 +54,31 @@ def promote(name: str) -> None:
     wanted = [p for made in figures for p in drawn.glob(f"{made.stem}.*") if p.suffix != ".ipynb"]
     promote_files(sorted(wanted), root / "figures" / "reference" / name)
     for notebook in sorted((root / "notebooks").glob("*.ipynb")):
-        execute_in_place(notebook)
-    refresh_readme(root / "README.md", root)
+        reads = SEARCH if notebook.stem == SEARCH_NOTEBOOK else README_PROFILE
+        if reads == name:
+            execute_in_place(notebook)
+    if name == README_PROFILE:
+        for notebook in sorted((root / "notebooks" / "stages").glob("*.ipynb")):
+            execute_in_place(notebook)  # smoke in a temporary folder, what nbval repeats
+        refresh_readme(root / "README.md", root)
     print(f"promoted {name}: {len(tables)} tables, {len(figures)} figures; commit data and figures")
+
+
+def _drawn_figures(name: str, drawn: Path, measured: Path) -> list[Path]:
+    """Provenance files in ``drawn``, checked: figures are complete and of the tables measured."""
+    command = "make search" if name == SEARCH else f"make figures PROFILE={name}"
+    figures = sorted(path for path in drawn.glob("*.json") if not path.name.startswith("."))
+    if not figures:
+        raise KelibError(f"no figures in {drawn}: run {command}")
+    for figure in figures:
+        again = f"delete {figure.name} and run {command}"
+        for suffix in (".pdf", ".png", ".csv"):
+            if not figure.with_suffix(suffix).exists():
+                raise KelibError(f"no {figure.stem}{suffix} in {drawn}: {again}")
+        for table, sha256 in json.loads(figure.read_text("utf-8"))["inputs"].items():
+            if read_provenance(measured / f"{table}.csv")["sha256"] != sha256:
+                raise KelibError(f"{figure.stem} was drawn from another {table}.csv: {again}")
+    return figures
 
 
 def execute_in_place(notebook: Path) -> None:
@@ -118,10 +139,11 @@ def figures_markdown(tables: Tables) -> str:
     first, last = ends.iloc[0], ends.iloc[-1]
     stages = (("pretraining", "entropy"), ("continual",), ("interventions",))
     minutes = []
+    workers = load_profile(profile.profile).workers  # tables are the same for any number of them
     for names in stages:
         notes = [read_provenance(tables.folder / f"{name}.csv") for name in names]
         seconds = sum(note["run_seconds"] for note in notes)
-        minutes.append(f"{seconds / 60 / profile.workers:.0f}")
+        minutes.append(f"{seconds / 60 / workers:.0f}")
     acquired = f"A {first['acquisition']:.1f} → {last['acquisition']:.1f} %"
     forgot = f"F {first['forgetting']:.1f} → {last['forgetting']:.1f} %"
     woken = f"K {gain['k_cl']:+.3f} nats, P {100 * gain['p_cl']:+.1f} points"

@@ -83,12 +83,14 @@ def save_figure(
     """Write ``name``.pdf, .png, .csv (the plotted numbers) and .json (provenance) into
     ``results.output``.
 
-    The JSON is written last, so that it stands for a complete set. Profile, seeds and digest are
-    stamped into the corner of the figure. Returns the provenance.
+    An earlier JSON is removed first and the new one is written last, so that it stands for a
+    complete set. Profile, seeds and digest are stamped into the corner of the figure. Returns the
+    provenance.
     """
     results.output.mkdir(parents=True, exist_ok=True)
     note = provenance(results.parameters, list(results.seeds), results.inputs(inputs))
     stamp = f"{results.label} · {note['digest']}"
+    (results.output / f"{name}.json").unlink(missing_ok=True)
     figure.text(0.995, 0.003, stamp, ha="right", va="bottom", fontsize=6, color="0.35")
     for suffix in ("pdf", "png"):
         temporary = results.output / f".{name}.{os.getpid()}.tmp.{suffix}"
@@ -117,11 +119,21 @@ def save_table(
 
 
 def promote_files(files: list[Path], target: Path) -> None:
-    """Replace ``target`` by copies of ``files``, in one rename."""
+    """Replace ``target`` by copies of ``files``, by renames: it is never a mixture, and stays as
+    it was if a file cannot be copied.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    for folder in (temporary, old):
+        shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for file in files:
-        shutil.copy2(file, temporary / file.name)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    try:
+        for file in files:
+            shutil.copy2(file, temporary / file.name)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -37,15 +37,24 @@ def load_search(path: Path | None = None, data: Path | None = None) -> tuple[str
     """(chosen regime, variants) from ``notebooks/params/search.yaml``.
 
     Each regime gives ``overrides`` of the base profile and ``seeds``; ``continual: true``
-    continues its stages. Raises KelibError for unknown keys and for seeds that are not search
-    seeds.
+    continues its stages. Raises KelibError for unknown or missing keys and for seeds that
+    are not search seeds.
     """
     root = repository_root()
     content = read_yaml(path or root / "notebooks" / "params" / "search.yaml")
     _check_keys(content, {"base", "chosen", "regimes"}, "search")
+    for key in ("base", "chosen", "regimes"):
+        _need(content, key, "search")
+    if not isinstance(content["regimes"], Mapping) or not content["regimes"]:
+        raise KelibError("search.regimes must be a mapping with at least one regime")
     variants = []
     for regime, values in content["regimes"].items():
         _check_keys(values, {"overrides", "seeds", "continual"}, f"regimes.{regime}")
+        _need(values, "seeds", f"regimes.{regime}")
+        if not isinstance(values["seeds"], list) or not values["seeds"]:
+            raise KelibError(
+                f"regimes.{regime}.seeds = {values['seeds']!r} must be a list, such as [0, 1]"
+            )
         for seed in values["seeds"]:
             if seed not in SEARCH_SEEDS:
                 raise KelibError(
@@ -69,6 +78,11 @@ def _check_keys(values: Any, known: set[str], where: str) -> None:
     unknown = set(values) - known
     if unknown:
         raise KelibError(f"unknown key {where}.{listing(unknown)}: valid keys are {listing(known)}")
+
+
+def _need(values: Mapping[str, Any], key: str, where: str) -> None:
+    if key not in values:
+        raise KelibError(f"missing key {where}.{key}: add it")
 
 
 def run_search(variants: list[Variant]) -> dict[str, pd.DataFrame]:

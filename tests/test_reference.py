@@ -1,0 +1,299 @@
+"""Promotion of a finished run, on a planted one in a folder that looks like the repository."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from safetensors.numpy import save_file
+
+from kelib import plots, reference, results
+from kelib.config import load_profile
+from kelib.errors import KelibError
+from kelib.reference import (
+    SEARCH,
+    SEARCH_TABLES,
+    TABLES,
+    claims_markdown,
+    figures_markdown,
+    promote,
+    refresh_readme,
+)
+from kelib.results import open_tables, save_figure, save_table
+from kelib.tables import provenance, write_table
+
+SECONDS = {"pretraining": 600, "entropy": 240, "continual": 1200, "interventions": 120}
+RATE, LOWER = 6e-3, 1e-3
+README = """Before.
+<!-- generated: claims -->
+old claims
+<!-- end of claims -->
+Between.
+<!-- generated: figures -->
+<!-- end of figures -->
+After.
+"""
+NOTEBOOK = "import csv\nprint([r['step'] for r in csv.DictReader(open('../data/reference/{}'))])"
+
+
+def planted() -> dict[str, pd.DataFrame]:
+    """Measurement tables of one seed, small enough to do the sums by hand."""
+    # sums of two layers: 6 at the start, collapse to 2, peak 5, end 4.5
+    total = {0: 6.0, 100: 2.0, 500: 5.0, 1500: 4.5}
+    entropy = [
+        (100, step, layer, nats / 2, 4.0) for step, nats in total.items() for layer in (0, 1)
+    ]
+    continual = [
+        (RATE, 500, 0, True, 0.20, 0.04),
+        (RATE, 500, 1, True, 0.30, 0.06),
+        (RATE, 1500, 0, True, 0.10, 0.20),
+        (RATE, 1500, 1, True, 0.20, 0.40),
+        (RATE, 500, 0, False, 0.90, 0.90),  # without injection and at another rate: not quoted
+        (LOWER, 1500, 0, True, 0.80, 0.80),
+    ]
+    interventions = [
+        (RATE, np.nan, -3.0, 0.40),
+        (RATE, np.nan, -3.2, 0.42),
+        (RATE, 1.0, -2.9, 0.43),
+        (RATE, 1.0, -3.0, 0.43),
+        (RATE, 2.0, -9.0, 0.25),
+        (LOWER, np.nan, -1.0, 0.99),
+        (LOWER, 1.0, -8.0, 0.26),
+    ]
+    columns = ["learning_rate", "stage_step", "cl_seed", "injected", "acquisition", "forgetting"]
+    return {
+        "pretraining": pd.DataFrame({"seed": 100, "step": [25, 50], "loss": [6.0, 5.0]}),
+        "entropy": pd.DataFrame(
+            entropy, columns=["seed", "step", "layer", "entropy_nats", "bound_nats"]
+        ),
+        "checkpoints": pd.DataFrame({"seed": 100, "step": list(total), "p": 0.5}),
+        "continual": pd.DataFrame(continual, columns=columns).assign(seed=100),
+        "interventions": pd.DataFrame(
+            interventions, columns=["learning_rate", "factor", "k_cl", "p_cl"]
+        ),
+    }
+
+
+def claims() -> pd.DataFrame:
+    """A claims table: an interval, none, no value at all, and one that is not primary."""
+    rows = [
+        ("K falls.", RATE, 5, -0.12345, -0.2, -0.05, "nats", True, "reproduced", "25.2 to 18.8 %"),
+        ("K falls.", LOWER, 1, 0.02, np.nan, np.nan, "nats", True, "indicative", "25.2 to 18.8 %"),
+        ("F rises.", RATE, 1, np.nan, np.nan, np.nan, "fraction", True, "not testable here", "up"),
+        ("A falls.", RATE, 5, -0.5, -0.6, -0.4, "fraction", False, "exploratory", "down"),
+    ]
+    names = "statement learning_rate n mean low95 high95 unit primary verdict paper_value"
+    return pd.DataFrame(rows, columns=names.split())
+
+
+def measure(root: Path, name: str, parameters: dict[str, Any], tables: Any) -> Path:
+    folder = root / "data" / "measurements" / name
+    for table in tables:
+        note = provenance(parameters, [100], {}) | {"run_seconds": SECONDS.get(table, 240)}
+        write_table(planted()[table], folder / f"{table}.csv", note)
+    return folder
+
+
+def notebook(path: Path, source: str) -> None:
+    cells = [nbformat.v4.new_code_cell(source)]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+def printed(path: Path) -> str:
+    (cell,) = nbformat.read(path, as_version=4).cells
+    return "".join(output.text for output in cell.outputs)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A checkout in which ``make figures PROFILE=small`` has just ended."""
+    for module in (reference, results):
+        monkeypatch.setattr(module, "repository_root", lambda: tmp_path)
+    changes = {"seeds": [100], "workers": 1, "continual.learning_rates": [RATE, LOWER]}
+    changes |= {"interventions.learning_rates": [RATE, LOWER]}
+    folder = measure(
+        tmp_path, "small", dataclasses.asdict(load_profile("small", changes)), planted()
+    )
+    save_file({"0000000/00": np.ones(3)}, folder / "coefficients-seed100.safetensors")
+    (folder / "runs").mkdir()  # what single runs left stays behind
+    plt.switch_backend("agg")
+    with mpl.rc_context():
+        tables = open_tables("small", "measurements")
+        save_figure(plots.panels(1)[0], "fig02", planted()["entropy"], tables, ["entropy"])
+        save_figure(plots.panels(1)[0], "tab00_claims", claims(), tables, ["continual"])
+        save_table("tab00_claims", claims(), tables, ["continual", "interventions"])
+    plt.close("all")
+    (tables.output / "fig02.ipynb").write_text("executed copies are not promoted")
+    (tables.output / "fig02.failed.ipynb").write_text("nor are failed ones")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    yield tmp_path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- promotion ------------------------------------------------------------------------------------
+
+
+def test_promotion(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here, other = root / "notebooks" / "fig02.ipynb", root / "notebooks" / "ours_search.ipynb"
+    notebook(here, NOTEBOOK.format("small/pretraining.csv"))
+    notebook(other, NOTEBOOK.format("search/entropy.csv"))  # there is no such reference yet
+    untouched = other.read_bytes()
+    stale = root / "figures" / "reference" / "small" / "fig99.pdf"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier promotion")
+    promote("small")
+
+    data, figures = root / "data" / "reference" / "small", root / "figures" / "reference" / "small"
+    tables = [f"{table}.{suffix}" for table in TABLES for suffix in ("csv", "json")]
+    assert names(data) == sorted([*tables, "coefficients-seed100.safetensors"])
+    drawn = [f"{f}.{s}" for f in ("fig02", "tab00_claims") for s in ("csv", "json", "pdf", "png")]
+    assert names(figures) == sorted(drawn)
+    for made in (data, figures):
+        source = root / ("data/measurements" if made == data else "figures") / "small"
+        assert all(p.read_bytes() == (source / p.name).read_bytes() for p in made.iterdir())
+
+    assert printed(here) == "['25', '50']\n"  # read from the promoted numbers
+    content = nbformat.read(here, as_version=4)
+    assert content.cells[0].execution_count == 1 and "execution" not in content.cells[0].metadata
+    assert content.metadata["language_info"] == {"name": "python"}  # of no particular machine
+    assert other.read_bytes() == untouched
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for part in (claims_markdown(claims()), figures_markdown(open_tables("small"))):
+        assert part in readme
+    assert "old claims" not in readme
+    assert [line for line in readme.splitlines() if line in ("Before.", "Between.", "After.")]
+    assert "promoted small: 5 tables, 2 figures" in capsys.readouterr().out
+
+
+def test_the_search_is_promoted_on_its_own(root: Path) -> None:
+    """Its parameters are no profile, and neither README nor figure notebooks show it."""
+    folder = measure(root, SEARCH, {"profile": SEARCH, "regimes": {"a/0": "abc"}}, SEARCH_TABLES)
+    tables = open_tables(SEARCH, "measurements")
+    assert tables.label == "profile search · pretraining seed 100"
+    with pytest.raises(KelibError, match=r"unknown key regimes"):
+        _ = tables.profile
+    with mpl.rc_context():
+        save_figure(plots.panels(1)[0], "ours_search", planted()["entropy"], tables, ["entropy"])
+    here, other = root / "notebooks" / "ours_search.ipynb", root / "notebooks" / "fig02.ipynb"
+    notebook(here, NOTEBOOK.format("search/checkpoints.csv"))
+    notebook(other, NOTEBOOK.format("small/pretraining.csv"))
+    promote(SEARCH)
+    assert names(root / "data" / "reference" / SEARCH) == names(folder)
+    assert len(names(root / "figures" / "reference" / SEARCH)) == 4
+    assert printed(here) == "['0', '100', '500', '1500']\n" and printed(other) == ""
+    assert (root / "README.md").read_text(encoding="utf-8") == README
+
+
+def replant(root: Path, table: str, profile: str = "small", step: int = 1) -> None:
+    path = root / "data" / "measurements" / "small" / f"{table}.csv"
+    parameters = json.loads(path.with_suffix(".json").read_text())["parameters"]
+    changed = planted()[table].assign(step=step)
+    write_table(changed, path, provenance(parameters | {"profile": profile}, [100], {}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda root: (root / "data/measurements/small/continual.csv").unlink(),
+            r"no table continual.csv in .*small; it has checkpoints.csv, entropy.csv, .*run its s",
+        ),
+        (
+            lambda root: (root / "data/measurements/small/entropy.json").unlink(),
+            r"no readable provenance .*entropy.json; run its stage again",
+        ),
+        (
+            lambda root: (root / "data/measurements/small/interventions.csv").write_text("k\n1\n"),
+            r"interventions.csv has sha256 \w+, its .json says \w+: it was changed after it was w",
+        ),
+        (
+            lambda root: replant(root, "checkpoints", profile="smoke"),
+            r"checkpoints.csv was made by profile smoke, not small; run it again",
+        ),
+        (
+            lambda root: [path.unlink() for path in (root / "figures/small").iterdir()],
+            r"no figures in .*small: run make figures PROFILE=small",
+        ),
+        (
+            lambda root: (root / "figures/small/fig02.pdf").unlink(),
+            r"no fig02.pdf in .*small: delete fig02.json and run make figures PROFILE=small",
+        ),
+        (
+            lambda root: replant(root, "entropy"),
+            r"fig02 was drawn from another entropy.csv: delete fig02.json and run make figures",
+        ),
+    ],
+    ids=["table", "provenance", "changed", "profile", "figures", "pdf", "older"],
+)
+def test_what_is_not_finished_is_refused_before_anything_is_written(
+    root: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(root)
+    with pytest.raises(KelibError, match=message):
+        promote("small")
+    assert not (root / "data" / "reference").exists()
+    assert not (root / "figures" / "reference").exists()
+    assert (root / "README.md").read_text(encoding="utf-8") == README
+
+
+def test_a_profile_that_never_ran_is_refused(root: Path) -> None:
+    with pytest.raises(KelibError, match=r"no table pretraining.csv in .*mine; it has none; run"):
+        promote("mine")
+
+
+# --- what the README quotes -----------------------------------------------------------------------
+
+
+def test_the_primary_claims_in_markdown() -> None:
+    assert claims_markdown(claims()).splitlines()[2:] == [
+        "| K falls. | 0.006 | 5 | -0.123 nats | -0.200 … -0.050 | reproduced | 25.2 to 18.8 % |",
+        "| K falls. | 0.001 | 1 | +0.020 nats | none | indicative | 25.2 to 18.8 % |",
+        "| F rises. | 0.006 | 1 |  | none | not testable here | up |",
+    ]
+
+
+def test_every_row_has_the_cells_of_its_header(root: Path) -> None:
+    tables = open_tables("small", "measurements")
+    for text in (claims_markdown(claims()), figures_markdown(tables)):
+        assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_the_figures_in_markdown(root: Path) -> None:
+    tables = open_tables("small", "measurements")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in figures_markdown(tables).splitlines()[2:]
+    ]
+    assert [row[0] for row in rows] == ["2", "4", "5", "claims"]
+    assert rows[0][1] == "[fig02_knowledge_entropy](notebooks/fig02_knowledge_entropy.ipynb)"
+    assert rows[0][2] == "`figures/small/fig02_knowledge_entropy.json`"
+    # seconds are summed over processes: with two workers, half of them pass on the clock
+    workers = load_profile("small").workers
+    assert [row[3] for row in rows] == [f"{m / workers:.0f}" for m in (14, 20, 2, 0)]
+    assert rows[0][4] == "-0.50 nats after the peak"
+    assert rows[1][4] == "CL rate 0.006: A 25.0 → 15.0 %, F 5.0 → 30.0 %"
+    assert rows[2][4] == "CL rate 0.006: q = 1 minus original, K +0.150 nats, P +2.0 points"
+
+
+def test_a_readme_without_its_markers_is_left_alone(root: Path) -> None:
+    promote("small")
+    readme = root / "README.md"
+    readme.write_text(README.replace("generated: figures", "figures"), encoding="utf-8")
+    before = readme.read_bytes()
+    with pytest.raises(KelibError, match=r"no markers <!-- generated: figures --> .*found claims"):
+        refresh_readme(readme, root)
+    assert readme.read_bytes() == before
