@@ -1,8 +1,7 @@
-"""Table and Axes in, Axes out. Estimation is done before (``kelib.metrics``), files are written
-after.
+"""Table and Axes in, Axes out. Estimation is done before (``kelib.metrics``), files come after.
 
-Colours are the Okabe-Ito set, told apart by colour-blind readers, and every series has a marker of
-its own for print in grey.
+Colours are seaborn's colour-blind palette, and every series has a marker of its own for print
+in grey.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kelib.metrics import Interval, mean_interval
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = tuple(sns.color_palette("colorblind").as_hex()[:7])
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-VERDICT_COLOURS = {"reproduced": "#009E73", "contradicted": "#D55E00", "absent": "#0072B2"}
+VERDICT_COLOURS = {"reproduced": COLOURS[2], "contradicted": COLOURS[3], "absent": COLOURS[0]}
 
 
 def use_style() -> None:
@@ -240,7 +240,7 @@ def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def _regime_lines(table: pd.DataFrame, ax: Axes, chosen: str, value: str, ylabel: str) -> Axes:
-    for index, (regime, part) in enumerate(table.groupby("regime", sort=False)):
+    for index, (regime, part) in enumerate(table.groupby("regime")):
         style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
         style |= {"ms": 3, "alpha": 0.9}
         width = 2.2 if regime == chosen else 0.9
@@ -258,7 +258,7 @@ def regimes(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
     ``table`` has columns regime, seed, share (of pretraining, 0 to 1), gap_nats. The chosen regime
     is thick.
     """
-    return _regime_lines(table, ax, chosen, "gap_nats", "knowledge entropy minus bound (nats)")
+    return _regime_lines(table, ax, chosen, "gap_nats", "entropy minus its bound (nats)")
 
 
 def regimes_accuracy(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:

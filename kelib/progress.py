@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 class Progress:

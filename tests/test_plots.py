@@ -238,7 +238,7 @@ def test_claims_point_to_the_right_when_the_paper_is_followed(ax: Axes) -> None:
         ("contradicted", 1),
         ("indicative", 0),
     ]
-    colours = [to_hex(line.get_color(), keep_alpha=False).upper() for line in points[:2]]
+    colours = [to_hex(line.get_color(), keep_alpha=False) for line in points[:2]]
     assert colours == [plots.VERDICT_COLOURS[v] for v in ("reproduced", "contradicted")]
     (band,) = ax.patches
     assert sorted({*band.get_corners()[:, 0]}) == [-1, 1]  # below the smallest effect
@@ -246,8 +246,8 @@ def test_claims_point_to_the_right_when_the_paper_is_followed(ax: Axes) -> None:
 
 def test_regimes(ax: Axes) -> None:
     rows = [
-        ("weak", 0, 0.0, -0.1, 0.25),
-        ("weak", 0, 1.0, -0.2, 0.3),
+        ("gentle", 0, 0.0, -0.1, 0.25),
+        ("gentle", 0, 1.0, -0.2, 0.3),
         ("strong", 0, 0.0, -0.1, 0.2),
         ("strong", 0, 1.0, -0.9, 0.8),
         ("strong", 1, 0.0, -0.1, 0.2),
@@ -263,7 +263,7 @@ def test_regimes(ax: Axes) -> None:
     ]
     widths = [line.get_linewidth() for line in ax.get_lines()]
     assert widths[1] == widths[2] > widths[0]  # the chosen one is thick
-    assert ax.get_legend_handles_labels()[1] == ["weak", "strong"]  # once, whatever the seeds
+    assert ax.get_legend_handles_labels()[1] == ["gentle", "strong"]  # once, whatever the seeds
 
     other = plots.panels(1)[1][0, 0]
     assert plots.regimes_accuracy(table, other, "strong") is other

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +117,27 @@ def printed(path: Path) -> str:
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A checkout in which ``make figures PROFILE=small`` has just ended."""
+def root(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of its own in which ``make figures PROFILE=small`` has just ended."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(finished, checkout)
     for module in (reference, results):
-        monkeypatch.setattr(module, "repository_root", lambda: tmp_path)
+        monkeypatch.setattr(module, "repository_root", lambda: checkout)
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``root`` is a copy of."""
+    root = tmp_path_factory.mktemp("finished")
     changes = {"seeds": [100], "workers": 1, "continual.learning_rates": [RATE, LOWER]}
     changes |= {"interventions.learning_rates": [RATE, LOWER]}
-    folder = measure(
-        tmp_path, "small", dataclasses.asdict(load_profile("small", changes)), planted()
-    )
+    folder = measure(root, "small", dataclasses.asdict(load_profile("small", changes)), planted())
     save_file({"0000000/00": np.ones(3)}, folder / "coefficients-seed100.safetensors")
     (folder / "runs").mkdir()  # what single runs left stays behind
     plt.switch_backend("agg")
-    with mpl.rc_context():
+    with mpl.rc_context(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "repository_root", lambda: root)
         tables = open_tables("small", "measurements")
         save_figure(plots.panels(1)[0], "fig02", planted()["entropy"], tables, ["entropy"])
         save_figure(plots.panels(1)[0], "tab00_claims", claims(), tables, ["continual"])
@@ -136,8 +145,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plt.close("all")
     (tables.output / "fig02.ipynb").write_text("executed copies are not promoted")
     (tables.output / "fig02.failed.ipynb").write_text("nor are failed ones")
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
-    yield tmp_path
+    (root / "README.md").write_text(README, encoding="utf-8")
+    return root
 
 
 def names(folder: Path) -> list[str]:
