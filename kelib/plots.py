@@ -271,7 +271,13 @@ def regimes_accuracy(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
     return _regime_lines(percent, ax, chosen, "percent", "accuracy P (%)")
 
 
-def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
-    """One legend for all panels, under them, taken from ``ax``."""
+def legend_below(figure: Figure, ax: Axes, columns: int = 4, title: str = "") -> None:
+    """One legend for all panels, under them, taken from ``ax``; ``title`` says what intervals are."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
+    figure.legend(handles, labels, title=title, title_fontsize=8, **place)
+
+
+def interval_note(summary: pd.DataFrame) -> str:
+    """What the intervals of a table of :func:`summarise` are, in words for the legend."""
+    return f"mean and 95 % t interval over {summary['unit'].iloc[0]}, n = {summary['n'].max()}"
