@@ -82,6 +82,30 @@ def _reference(arguments: argparse.Namespace) -> None:
     promote(arguments.profile)
 
 
+def _entropy(arguments: argparse.Namespace) -> None:
+    from kelib.command import run
+
+    run({name: value for name, value in vars(arguments).items() if name != "do"})
+
+
+def _add_entropy(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``entropy``, named as :func:`kelib.command.run` takes them."""
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_DIR", help="folder of a model, or its id on the model hub")
+    add("--text", required=True, help=".txt, .jsonl, a folder of them, or a source by name")
+    add("--revision", help="branch, tag or commit of a model on the hub")
+    add("--sequences", type=int, default=128, metavar="N", help="how many (default %(default)s)")
+    add("--length", type=int, metavar="T", help="tokens of each (default 1024, or the window)")
+    add("--batch-size", type=int, default=4, metavar="B", help="at once (default %(default)s)")
+    add("--coefficient", default="absolute", help="absolute (the paper's), relu or contribution")
+    add("--attention", action="store_true", help="attention entropy too")
+    add("--next-token", action="store_true", help="next-token entropy too")
+    add("--uncertainty", action="store_true", help="standard errors (jackknife)")
+    add("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    add("--json", metavar="OUT.json", help="write the numbers there")
+    add("--save", metavar="OUT.safetensors", help="write the sums, to load and merge later")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, do it, return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m kelib", description=__doc__)
@@ -101,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("profile")
         sub.set_defaults(do=do)
+    one = commands.add_parser("entropy", help="measure a model of your own over a text")
+    _add_entropy(one)
+    one.set_defaults(do=_entropy)
     chosen = parser.parse_args(arguments)
     try:
         chosen.do(chosen)

@@ -102,7 +102,8 @@ def claims_markdown(claims: pd.DataFrame) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     row: Any  # columns have no types of their own
-    for row in claims[claims["primary"]].itertuples():
+    shown = claims[claims["primary"] & (claims["verdict"] != "not run")]
+    for row in shown.itertuples():
         interval = "none" if pd.isna(row.low95) else f"{row.low95:+.3f} … {row.high95:+.3f}"
         effect = "" if pd.isna(row.mean) else f"{row.mean:+.3f} {row.unit}"
         lines.append(

@@ -69,8 +69,11 @@ def p_value(differences: ArrayLike) -> float:
     return float(2 * stats.t.sf(abs(interval.mean) / error, interval.n - 1))
 
 
-def _sign(value: float) -> str:
-    return "+" if value > 0 else "-" if value < 0 else "0"
+def _beside_paper(mean: float, direction: int) -> str:
+    """The observed direction in words: a bare sign would have to be read against the paper's."""
+    if mean == 0:
+        return "no difference"
+    return "as the paper" if mean * direction > 0 else "opposite"
 
 
 def verdict(
@@ -99,11 +102,11 @@ def verdict(
     if untestable:
         label, reason = NOT_TESTABLE, untestable
     elif not claim.primary:
-        label, reason = f"exploratory: {_sign(mean)}", "not a primary claim, no test"
+        label = f"exploratory: {_beside_paper(mean, claim.direction)}"
+        reason = "not a primary claim, no test"
     elif n < LEAST_SEEDS:
-        label = f"indicative: {_sign(mean)}"
-        reason = f"{n} of at least {LEAST_SEEDS} seeds; the paper's direction is "
-        reason += _sign(claim.direction)
+        label = f"indicative: {_beside_paper(mean, claim.direction)}"
+        reason = f"{n} of at least {LEAST_SEEDS} seeds"
     else:
         p = p_value(values)
         label, reason = _decide(values, claim, alpha, p if p_holm is None else p_holm)
