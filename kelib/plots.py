@@ -272,7 +272,9 @@ def regimes_accuracy(table: pd.DataFrame, ax: Axes, chosen: str) -> Axes:
 
 
 def legend_below(figure: Figure, ax: Axes, columns: int = 4, title: str = "") -> None:
-    """One legend for all panels, under them, taken from ``ax``; ``title`` says what intervals are."""
+    """One legend for all panels, under them, taken from ``ax``; ``title`` says what intervals
+    are.
+    """
     handles, labels = ax.get_legend_handles_labels()
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
     figure.legend(handles, labels, title=title, title_fontsize=8, **place)
