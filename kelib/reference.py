@@ -143,8 +143,8 @@ def figures_markdown(tables: Tables) -> str:
     workers = load_profile(profile.profile).workers  # tables are the same for any number of them
     for names in stages:
         notes = [read_provenance(tables.folder / f"{name}.csv") for name in names]
-        seconds = sum(note["run_seconds"] for note in notes)
-        minutes.append(f"{seconds / 60 / workers:.0f}")
+        seconds = sum(note["run_seconds"] / min(workers, note["runs"]) for note in notes)
+        minutes.append(f"{seconds / 60:.0f}")
     acquired = f"A {first['acquisition']:.1f} → {last['acquisition']:.1f} %"
     forgot = f"F {first['forgetting']:.1f} → {last['forgetting']:.1f} %"
     woken = f"K {gain['k_cl']:+.3f} nats, P {100 * gain['p_cl']:+.1f} points"

@@ -54,6 +54,7 @@ def _write(
     note = provenance(parameters, list(study.profile.seeds), read)
     # what the runs behind the table took, summed over processes: not part of any digest
     note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in runs), 1)
+    note["runs"] = len(runs)
     write_table(table, path, note)
     return read_table(path)
 

@@ -100,6 +100,7 @@ def measure(root: Path, name: str, parameters: dict[str, Any], tables: Any) -> P
     folder = root / "data" / "measurements" / name
     for table in tables:
         note = provenance(parameters, [100], {}) | {"run_seconds": SECONDS.get(table, 240)}
+        note["runs"] = 10
         write_table(planted()[table], folder / f"{table}.csv", note)
     return folder
 
