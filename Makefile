@@ -41,7 +41,7 @@ $(OUT)/%.json: notebooks/%.ipynb $(MEASURED)/interventions.csv notebooks/params/
 $(PARAMS): | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 
-study: ## the committed reference study (profile study)
+study: ## five pretraining seeds, needed for verdicts (profile study, about 85 minutes)
 	@$(MAKE) --no-print-directory figures PROFILE=study
 
 data: | $(READY) ## fetch and verify the text of a profile, nothing else
@@ -63,7 +63,7 @@ format: | $(READY) ## rewrite the code in the project's format
 	@$(PY) -m ruff format kelib tests notebooks
 	@$(PY) -m ruff check --fix kelib tests notebooks
 
-search: | $(READY) ## the search that chose the small model's regime (hours; resumable)
+search: | $(READY) ## the search that chose the small model's regime (90 minutes; resumable)
 	@$(RUN) notebooks/stages/0_search.ipynb figures/search/0_search.ipynb -p scratch=false
 	@$(RUN) notebooks/ours_search.ipynb figures/search/ours_search.ipynb -p source=measurements
 

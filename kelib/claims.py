@@ -36,8 +36,9 @@ UNITS = ("nats", "fraction")
 class Conditions:
     """When a claim can be tested; margins are fractions above chance, None where irrelevant.
 
-    The fall of the entropy matters to every claim, as all are about its consequences. The margins
-    matter to claims about accuracy only: probes have no floor that K could hit.
+    The fall of the entropy matters to every claim, as all are about its consequences. A claim about
+    accuracy must name margins; the primary claims about probes name them too, since a model that
+    continual learning brought back to chance is no place to compare what it acquired.
     """
 
     entropy_falls: bool

@@ -1,8 +1,8 @@
 """From documents to blocks of tokens: splits, a byte-level BPE tokenizer, packing, deterministic
 streams.
 
-Documents are split once, by the digest of their text, so that no document is both trained on and
-measured on. Inside a split they are tokenised, joined by the end-of-text token and cut into blocks
+Documents of text are split once, by the digest of their text, so that none is both trained on and
+measured on; sentences about generated facts have few wordings and do recur. Inside a split they are tokenised, joined by the end-of-text token and cut into blocks
 of one length: nothing is padded, and only the tail shorter than a block is dropped.
 """
 

@@ -63,7 +63,7 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
 
     CL seeds are averaged inside a pretraining seed first. With several pretraining seeds the
     interval is over these (the unit of the study); with one it is over CL seeds, and says nothing
-    about other pretraining runs. NaN bounds mean a single value. The column ``unit`` names which.
+    about other pretraining runs. NaN bounds mean tied values or a single value. The column ``unit`` names which.
     """
     several = table["seed"].nunique() > 1
     keys = list(by)
@@ -73,6 +73,8 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
     for group, part in table.groupby(keys, observed=True):
         values = part[value].dropna().to_numpy()  # F over chance is NaN where nothing was learnt
         interval = mean_interval(values) if len(values) else Interval(0, *[np.nan] * 3)
+        if len(values) > 1 and np.ptp(values) == 0:  # tied at a bound: a width of 0 is no certainty
+            interval = Interval(len(values), interval.mean, np.nan, np.nan)
         names = group if isinstance(group, tuple) else (group,)
         row = dict(zip(keys, names, strict=True))
         row |= {"n": interval.n, "mean": interval.mean, "low": interval.low, "high": interval.high}
@@ -220,7 +222,8 @@ def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
         ends = sorted((row.low95 * unit, row.high95 * unit))
         colour = VERDICT_COLOURS.get(str(row.verdict), "0.35")
         ax.plot(ends, [y, y], color=colour, lw=1.5)
-        ax.plot(row.mean * unit, y, "o", color=colour)
+        face = "white" if str(row.verdict).startswith("not") else colour
+        ax.plot(row.mean * unit, y, "o", color=colour, mfc=face)
         ax.annotate(
             str(row.verdict),
             (1.01, y),
@@ -231,8 +234,13 @@ def claims_forest(claims: pd.DataFrame, ax: Axes) -> Axes:
             annotation_clip=False,
         )
     ax.axvspan(-1, 1, color="0.93", zorder=0)
+    ax.text(
+        0, len(claims) - 0.35, "too small to matter", ha="center", va="top", fontsize=7, color="0.4"
+    )
     ax.axvline(0, color="0.5", lw=0.8)
     ax.set_xscale("symlog", linthresh=1)
+    ax.margins(x=0.08)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_yticks(range(len(claims))[::-1], claims["label"])
     ax.set_ylim(-0.7, len(claims) - 0.3)
     ax.set_xlabel("effect ÷ smallest effect of interest, positive = the paper's direction (symlog)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kelib.config import load_profile, repository_root
+from kelib.config import Profile, load_profile, repository_root
 from kelib.errors import KelibError, listing
 from kelib.results import Tables, open_tables, promote_files
 from kelib.study import peak_step
@@ -88,7 +89,11 @@ def execute_in_place(notebook: Path) -> None:
 
     content = nbformat.read(notebook, as_version=4)
     place = {"metadata": {"path": str(notebook.parent)}}
-    NotebookClient(content, kernel_name="python3", timeout=900, resources=place).execute()
+    os.environ.setdefault("KELIB_PROGRESS", "lines")  # a bar would leave each of its states behind
+    quiet = ["--IPKernelApp.log_level=50"]
+    NotebookClient(
+        content, kernel_name="python3", timeout=900, resources=place, extra_arguments=quiet
+    ).execute()
     for cell in content.cells:  # timings and machine-dependent notes would change at each run
         cell.metadata.pop("execution", None)
     content.metadata["language_info"] = {"name": "python"}
@@ -105,10 +110,11 @@ def claims_markdown(claims: pd.DataFrame) -> str:
     shown = claims[claims["primary"] & (claims["verdict"] != "not run")]
     for row in shown.itertuples():
         interval = "none" if pd.isna(row.low95) else f"{row.low95:+.3f} … {row.high95:+.3f}"
+        why = f" ({row.reason})" if row.verdict == "not testable here" else ""
         effect = "" if pd.isna(row.mean) else f"{row.mean:+.3f} {row.unit}"
         lines.append(
             f"| {row.statement} | {row.learning_rate:g} | {row.n} | {effect} | {interval} "
-            f"| {row.verdict} | {row.paper_value} |"
+            f"| {row.verdict}{why} | {row.paper_value} |"
         )
     return "\n".join(lines)
 
@@ -125,6 +131,63 @@ def replace_generated(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{start}\n{content}\n{end}", text)
 
 
+def controls_markdown(tables: Tables) -> str:
+    """The gain in K that is due to injection, first to last stage, at every CL rate."""
+    runs = tables.table("continual")
+    keys = ["learning_rate", "stage_step"]
+    means = runs.groupby([*keys, "injected"])["k_cl"].mean().unstack("injected")
+    gain = means[True] - means[False]
+    parts = []
+    swept = set(runs["learning_rate"])
+    for rate in (r for r in tables.profile.continual.learning_rates if r in swept):
+        ends = gain[rate].sort_index()
+        parts.append(f"{ends.iloc[0]:.2f} → {ends.iloc[-1]:.2f} at {rate:g}")
+    return (
+        "**Control.** K after continual learning minus K after the same run without injected "
+        f"passages, first → last stage (nats per target token, by CL rate): {', '.join(parts)}. "
+        "Where K_CL - K_PT falls and this does not, the domain text undid more; not less was "
+        "acquired from the passages."
+    )
+
+
+def protocol_markdown(profile: Profile) -> str:
+    """What differs from the paper's protocol by scale, in one table."""
+    plan, corpus, world = profile.continual, profile.corpus, profile.corpus.world
+    length, entries = corpus.sequence_length, world.once_entries + world.paraphrase_entries
+    shown = plan.injections * world.paraphrase_entries + world.once_entries
+    share = shown / (plan.steps * plan.batch_size)
+    size = (
+        f"{profile.pretraining.steps * profile.pretraining.batch_size * length / 1e6:.1f}M tokens"
+    )
+    rows = [
+        ("pretraining", f"{size}, one seed", "2 to 3T tokens, published checkpoints"),
+        ("pretraining text", f"{corpus.facts_share:.0%} generated facts, rest real", "Dolma"),
+        (
+            "entropy measured on",
+            f"{corpus.entropy_sequences} x {length} tokens, held-apart documents of the mixture",
+            "2,048 x 2,048 tokens of the training data",
+        ),
+        (
+            "continual learning",
+            f"{plan.steps} steps of {plan.batch_size} x {length} tokens",
+            "1,600 steps of 128 x 1,024 tokens",
+        ),
+        (
+            "injected",
+            f"{entries} generated entries, every {plan.steps // plan.injections} steps, "
+            f"{share:.1%} of the sequences",
+            "130 entries of Fictional Knowledge, every 160 steps, 0.4 % of the sequences",
+        ),
+        (
+            "tasks (P)",
+            "six, recall of the generated facts, 4 choices",
+            "six public ones, zero-shot",
+        ),
+    ]
+    lines = ["| | here (`small`) | the paper (OLMo-1B) |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def figures_markdown(tables: Tables) -> str:
     """Figure -> notebook -> target -> our number beside the paper's, from the reference tables."""
     entropy, runs = tables.table("entropy"), tables.table("continual")
@@ -133,7 +196,7 @@ def figures_markdown(tables: Tables) -> str:
     change = [total[s].iloc[-1] - total[s][peak_step(entropy, s)] for s in profile.seeds]
     rate = profile.continual.learning_rates[0]
     runs = runs[runs["injected"] & (runs["learning_rate"] == rate)]
-    ends = runs.groupby("stage_step")[["acquisition", "forgetting"]].mean() * 100
+    ends = runs.groupby("stage_step")[["acquisition", "forgetting_over_chance"]].mean() * 100
     arms = rows[rows["learning_rate"] == rate].assign(q=rows["factor"].fillna(0))
     after = arms.groupby("q")[["k_cl", "p_cl"]].mean()
     gain = after.loc[1.0] - after.loc[0.0]
@@ -146,7 +209,8 @@ def figures_markdown(tables: Tables) -> str:
         seconds = sum(note["run_seconds"] / min(workers, note["runs"]) for note in notes)
         minutes.append(f"{seconds / 60:.0f}")
     acquired = f"A {first['acquisition']:.1f} → {last['acquisition']:.1f} %"
-    forgot = f"F {first['forgetting']:.1f} → {last['forgetting']:.1f} %"
+    kept = first["forgetting_over_chance"], last["forgetting_over_chance"]
+    forgot = f"F over chance {kept[0]:.1f} → {kept[1]:.1f} %"
     woken = f"K {gain['k_cl']:+.3f} nats, P {100 * gain['p_cl']:+.1f} points"
     at = f"CL rate {rate:g}: "
     lines = [
@@ -156,7 +220,12 @@ def figures_markdown(tables: Tables) -> str:
             f"{np.mean(change):+.2f} nats after the peak",
             "about -0.5 nats",
         ),
-        ("4", "fig04_stages", f"{at}{acquired}, {forgot}", "A 25.2 → 18.8 %, F 10.5 → 19.5 %"),
+        (
+            "4",
+            "fig04_stages",
+            f"{at}{acquired}, {forgot}",
+            "A 25.2 → 18.8 %, F (raw) 10.5 → 19.5 %",
+        ),
         (
             "5",
             "fig05_resuscitation",
@@ -181,5 +250,8 @@ def refresh_readme(readme: Path, root: Path) -> None:
     text = readme.read_text("utf-8")
     claims = pd.read_csv(root / "figures" / "reference" / README_PROFILE / "tab00_claims.csv")
     text = replace_generated(text, "claims", claims_markdown(claims))
-    text = replace_generated(text, "figures", figures_markdown(open_tables(README_PROFILE)))
+    tables = open_tables(README_PROFILE)
+    text = replace_generated(text, "controls", controls_markdown(tables))
+    text = replace_generated(text, "protocol", protocol_markdown(tables.profile))
+    text = replace_generated(text, "figures", figures_markdown(tables))
     write_atomically(readme, text)

@@ -69,11 +69,11 @@ def p_value(differences: ArrayLike) -> float:
     return float(2 * stats.t.sf(abs(interval.mean) / error, interval.n - 1))
 
 
-def _beside_paper(mean: float, direction: int) -> str:
-    """The observed direction in words: a bare sign would have to be read against the paper's."""
-    if mean == 0:
-        return "no difference"
-    return "as the paper" if mean * direction > 0 else "opposite"
+def _beside_paper(mean: float, claim: Claim) -> str:
+    """The observed direction in words; a difference too small to matter has none."""
+    if abs(mean) < claim.smallest_effect:
+        return "below the smallest effect"
+    return "as the paper" if mean * claim.direction > 0 else "opposite"
 
 
 def verdict(
@@ -102,10 +102,9 @@ def verdict(
     if untestable:
         label, reason = NOT_TESTABLE, untestable
     elif not claim.primary:
-        label = f"exploratory: {_beside_paper(mean, claim.direction)}"
-        reason = "not a primary claim, no test"
+        label, reason = "exploratory", "not a primary claim, no test"
     elif n < LEAST_SEEDS:
-        label = f"indicative: {_beside_paper(mean, claim.direction)}"
+        label = f"indicative: {_beside_paper(mean, claim)}"
         reason = f"{n} of at least {LEAST_SEEDS} seeds"
     else:
         p = p_value(values)

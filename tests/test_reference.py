@@ -25,8 +25,10 @@ from kelib.reference import (
     SEARCH_TABLES,
     TABLES,
     claims_markdown,
+    controls_markdown,
     figures_markdown,
     promote,
+    protocol_markdown,
     refresh_readme,
 )
 from kelib.results import open_tables, save_figure, save_table
@@ -39,6 +41,10 @@ README = """Before.
 old claims
 <!-- end of claims -->
 Between.
+<!-- generated: controls -->
+<!-- end of controls -->
+<!-- generated: protocol -->
+<!-- end of protocol -->
 <!-- generated: figures -->
 <!-- end of figures -->
 After.
@@ -54,12 +60,17 @@ def planted() -> dict[str, pd.DataFrame]:
         (100, step, layer, nats / 2, 4.0) for step, nats in total.items() for layer in (0, 1)
     ]
     continual = [
-        (RATE, 500, 0, True, 0.20, 0.04),
-        (RATE, 500, 1, True, 0.30, 0.06),
-        (RATE, 1500, 0, True, 0.10, 0.20),
-        (RATE, 1500, 1, True, 0.20, 0.40),
-        (RATE, 500, 0, False, 0.90, 0.90),  # without injection and at another rate: not quoted
-        (LOWER, 1500, 0, True, 0.80, 0.80),
+        (RATE, 500, 0, True, 0.20, 0.04, -4.0),
+        (RATE, 500, 1, True, 0.30, 0.06, -4.2),
+        (RATE, 1500, 0, True, 0.10, 0.20, -5.0),
+        (RATE, 1500, 1, True, 0.20, 0.40, -5.2),
+        # without injection and at another rate: quoted in the control only
+        (RATE, 500, 0, False, 0.90, 0.90, -7.1),
+        (RATE, 1500, 0, False, 0.90, 0.90, -8.6),
+        (LOWER, 500, 0, True, 0.80, 0.80, -4.0),
+        (LOWER, 500, 0, False, 0.80, 0.80, -4.5),
+        (LOWER, 1500, 0, True, 0.80, 0.80, -4.0),
+        (LOWER, 1500, 0, False, 0.80, 0.80, -4.25),
     ]
     interventions = [
         (RATE, np.nan, -3.0, 0.40),
@@ -70,7 +81,8 @@ def planted() -> dict[str, pd.DataFrame]:
         (LOWER, np.nan, -1.0, 0.99),
         (LOWER, 1.0, -8.0, 0.26),
     ]
-    columns = ["learning_rate", "stage_step", "cl_seed", "injected", "acquisition", "forgetting"]
+    columns = ["learning_rate", "stage_step", "cl_seed", "injected", "acquisition"]
+    columns += ["forgetting_over_chance", "k_cl"]
     return {
         "pretraining": pd.DataFrame({"seed": 100, "step": [25, 50], "loss": [6.0, 5.0]}),
         "entropy": pd.DataFrame(
@@ -87,12 +99,48 @@ def planted() -> dict[str, pd.DataFrame]:
 def claims() -> pd.DataFrame:
     """A claims table: an interval, none, no value at all, and one that is not primary."""
     rows = [
-        ("K falls.", RATE, 5, -0.12345, -0.2, -0.05, "nats", True, "reproduced", "25.2 to 18.8 %"),
-        ("K falls.", LOWER, 1, 0.02, np.nan, np.nan, "nats", True, "indicative", "25.2 to 18.8 %"),
-        ("F rises.", RATE, 1, np.nan, np.nan, np.nan, "fraction", True, "not testable here", "up"),
-        ("A falls.", RATE, 5, -0.5, -0.6, -0.4, "fraction", False, "exploratory", "down"),
+        (
+            "K falls.",
+            RATE,
+            5,
+            -0.12345,
+            -0.2,
+            -0.05,
+            "nats",
+            True,
+            "reproduced",
+            "25 to 19 %",
+            "p",
+        ),
+        (
+            "K falls.",
+            LOWER,
+            1,
+            0.02,
+            np.nan,
+            np.nan,
+            "nats",
+            True,
+            "indicative",
+            "25 to 19 %",
+            "n",
+        ),
+        (
+            "F rises.",
+            RATE,
+            1,
+            np.nan,
+            np.nan,
+            np.nan,
+            "fraction",
+            True,
+            "not testable here",
+            "up",
+            "why",
+        ),
+        ("A falls.", RATE, 5, -0.5, -0.6, -0.4, "fraction", False, "exploratory", "down", ""),
     ]
-    names = "statement learning_rate n mean low95 high95 unit primary verdict paper_value"
+    names = "statement learning_rate n mean low95 high95 unit primary verdict paper_value reason"
     return pd.DataFrame(rows, columns=names.split())
 
 
@@ -270,9 +318,9 @@ def test_a_profile_that_never_ran_is_refused(root: Path) -> None:
 
 def test_the_primary_claims_in_markdown() -> None:
     assert claims_markdown(claims()).splitlines()[2:] == [
-        "| K falls. | 0.006 | 5 | -0.123 nats | -0.200 … -0.050 | reproduced | 25.2 to 18.8 % |",
-        "| K falls. | 0.001 | 1 | +0.020 nats | none | indicative | 25.2 to 18.8 % |",
-        "| F rises. | 0.006 | 1 |  | none | not testable here | up |",
+        "| K falls. | 0.006 | 5 | -0.123 nats | -0.200 … -0.050 | reproduced | 25 to 19 % |",
+        "| K falls. | 0.001 | 1 | +0.020 nats | none | indicative | 25 to 19 % |",
+        "| F rises. | 0.006 | 1 |  | none | not testable here (why) | up |",
     ]
 
 
@@ -295,8 +343,19 @@ def test_the_figures_in_markdown(root: Path) -> None:
     workers = load_profile("small").workers
     assert [row[3] for row in rows] == [f"{m / workers:.0f}" for m in (14, 20, 2, 0)]
     assert rows[0][4] == "-0.50 nats after the peak"
-    assert rows[1][4] == "CL rate 0.006: A 25.0 → 15.0 %, F 5.0 → 30.0 %"
+    assert rows[1][4] == "CL rate 0.006: A 25.0 → 15.0 %, F over chance 5.0 → 30.0 %"
     assert rows[2][4] == "CL rate 0.006: q = 1 minus original, K +0.150 nats, P +2.0 points"
+
+
+def test_the_control_in_words(root: Path) -> None:
+    text = controls_markdown(open_tables("small", "measurements"))
+    assert "3.00 → 3.50 at 0.006, 0.50 → 0.25 at 0.001." in text
+
+
+def test_the_protocol_in_markdown(root: Path) -> None:
+    text = protocol_markdown(load_profile("small"))
+    assert "| injected | 36 generated entries, every 12 steps, 4.7% of the sequences |" in text
+    assert "| continual learning | 120 steps of 32 x 64 tokens |" in text
 
 
 def test_a_readme_without_its_markers_is_left_alone(root: Path) -> None:
