@@ -57,7 +57,7 @@ class Corpus:
     vocabulary_size: int
     sequence_length: int  # tokens
     facts_share: float  # of the pretraining sequences, the rest is `general`
-    entropy_sequences: int  # |D| of Eq. 2, same mixture as pretraining, documents of their own
+    entropy_sequences: int  # |D| of Eq. 2, same mixture as pretraining, text documents of their own
     domain_sequences: int  # packed for continual learning; a longer run reads them again
     heldout_sequences: int  # per corpus, for the loss before and after
     world: WorldSize

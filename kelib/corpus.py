@@ -2,8 +2,9 @@
 streams.
 
 Documents of text are split once, by the digest of their text, so that none is both trained on and
-measured on; sentences about generated facts have few wordings and do recur. Inside a split they are tokenised, joined by the end-of-text token and cut into blocks
-of one length: nothing is padded, and only the tail shorter than a block is dropped.
+measured on; sentences about generated facts have few wordings and do recur. Inside a split they
+are tokenised, joined by the end-of-text token and cut into blocks of one length: nothing is
+padded, and only the tail shorter than a block is dropped.
 """
 
 from __future__ import annotations

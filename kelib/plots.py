@@ -63,7 +63,8 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
 
     CL seeds are averaged inside a pretraining seed first. With several pretraining seeds the
     interval is over these (the unit of the study); with one it is over CL seeds, and says nothing
-    about other pretraining runs. NaN bounds mean tied values or a single value. The column ``unit`` names which.
+    about other pretraining runs. NaN bounds mean tied values or a single value. The column
+    ``unit`` names which.
     """
     several = table["seed"].nunique() > 1
     keys = list(by)

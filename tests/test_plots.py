@@ -12,6 +12,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.text import Annotation
 
 from kelib import plots
 
@@ -233,7 +234,8 @@ def test_claims_point_to_the_right_when_the_paper_is_followed(ax: Axes) -> None:
     assert [line.get_ydata()[0] for line in points] == [2, 1, 0]  # the first on top
     heights = dict(zip(ax.get_yticks(), (t.get_text() for t in ax.get_yticklabels()), strict=True))
     assert heights == {2: "K falls", 1: "F rises", 0: "P rises"}
-    assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [
+    labels = [text for text in ax.texts if isinstance(text, Annotation)]
+    assert [(text.get_text(), text.xy[1]) for text in labels] == [
         ("reproduced", 2),
         ("contradicted", 1),
         ("indicative", 0),
