@@ -160,7 +160,7 @@ def protocol_markdown(profile: Profile) -> str:
         f"{profile.pretraining.steps * profile.pretraining.batch_size * length / 1e6:.1f}M tokens"
     )
     rows = [
-        ("pretraining", f"{size}, one seed", "2 to 3T tokens, published checkpoints"),
+        ("pretraining", f"{size}, one seed", "about 3T tokens, published checkpoints"),
         ("pretraining text", f"{corpus.facts_share:.0%} generated facts, rest real", "Dolma"),
         (
             "entropy measured on",
