@@ -71,7 +71,7 @@ def p_value(differences: ArrayLike) -> float:
 
 def _beside_paper(mean: float, claim: Claim) -> str:
     """The observed direction in words; a difference too small to matter has none."""
-    if abs(mean) < claim.smallest_effect:
+    if claim.smallest_effect is not None and abs(mean) < claim.smallest_effect:
         return "below the smallest effect"
     return "as the paper" if mean * claim.direction > 0 else "opposite"
 
