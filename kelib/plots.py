@@ -83,6 +83,31 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
+def bounds(low: float, high: float, decimals: int) -> str:
+    """An interval in words: ``[-0.4, +0.5]``, or that there is none."""
+    if np.isnan(low):
+        return "(no interval: tied or single)"
+    return f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+
+
+def intervals_table(
+    summaries: dict[str, pd.DataFrame], keys: Sequence[str], scales: dict[str, float]
+) -> pd.DataFrame:
+    """``mean ± half width`` of several quantities as text, one row a group of ``keys``.
+
+    ``summaries`` are tables of :func:`summarise` by the same ``keys``; a mean without an interval
+    stands alone.
+    """
+    text = next(iter(summaries.values()))[list(keys)].copy()
+    for name, summary in summaries.items():
+        means, halves = summary["mean"] * scales[name], summary["high"] - summary["mean"]
+        text[name] = [
+            f"{mean:.2f}" if np.isnan(half) else f"{mean:.2f} ± {half * scales[name]:.2f}"
+            for mean, half in zip(means, halves, strict=True)
+        ]
+    return text
+
+
 def _series(ax: Axes, x: Any, part: pd.DataFrame, index: int, label: str, **style: Any) -> None:
     """One line with markers and intervals."""
     errors = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())

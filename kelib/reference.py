@@ -145,8 +145,8 @@ def controls_markdown(tables: Tables) -> str:
     return (
         "**Control.** K after continual learning minus K after the same run without injected "
         f"passages, first → last stage (nats per target token, by CL rate): {', '.join(parts)}. "
-        "Where K_CL - K_PT falls and this does not, the domain text undid more; not less was "
-        "acquired from the passages."
+        "Where K_CL - K_PT falls and this does not, the fall alone does not show that less was "
+        "acquired from the passages: the domain text undid more as well."
     )
 
 

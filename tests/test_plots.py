@@ -246,6 +246,15 @@ def test_claims_point_to_the_right_when_the_paper_is_followed(ax: Axes) -> None:
     assert sorted({*band.get_corners()[:, 0]}) == [-1, 1]  # below the smallest effect
 
 
+def test_intervals_in_words() -> None:
+    assert plots.bounds(-0.425, 0.5, 2) == "[-0.42, +0.50]"
+    assert plots.bounds(np.nan, np.nan, 2) == "(no interval: tied or single)"
+    rows = [("a", 0.5, 0.4, 0.6), ("b", 1.0, np.nan, np.nan)]
+    summary = pd.DataFrame(rows, columns=["arm", "mean", "low", "high"])
+    text = plots.intervals_table({"p": summary}, ["arm"], {"p": 100})
+    assert text.to_dict("list") == {"arm": ["a", "b"], "p": ["50.00 ± 10.00", "100.00"]}
+
+
 def test_regimes(ax: Axes) -> None:
     rows = [
         ("gentle", 0, 0.0, -0.1, 0.25),
