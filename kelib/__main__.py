@@ -52,17 +52,49 @@ def _status(arguments: argparse.Namespace) -> None:
 
     study = stages.open_study(arguments.profile)
     grids: dict[str, Any] = {
-        "1 pretrain": [study.pretrain_run(seed) for seed in study.profile.seeds],
+        "1 pretrain": study.pretrain_runs(),
         "2 measure": study.measure_runs(),
-        "4 interventions": study.intervention_runs(),
+        "4 interventions": [
+            *study.intervene_runs(),
+            *(run for _, run in study.intervention_grid()),
+        ],
     }
     try:
-        grids["3 continual"] = study.continual_runs(stages.table(study, "entropy"))
+        entropy = stages.table(study, "entropy")
+        grids["3 continual"] = [run for _, run in study.continual_grid(entropy)]
     except KelibError:
         print("3 continual: known when stage 2 is done")
     for name in sorted(grids):
         counts = ", ".join(f"{n} {state}" for state, n in count_states(grids[name]).items())
         print(f"{name}: {counts}")
+
+
+def _injection(arguments: argparse.Namespace) -> None:
+    from kelib import stages
+    from kelib.injection import encode_passages, format_schedule, injection_schedule
+    from kelib.world import build_world
+
+    study = stages.open_study(arguments.profile)
+    plan, seed = study.profile.continual, study.profile.seeds[0]
+    if arguments.seed is not None:
+        seed = arguments.seed
+    cl_seed = plan.seeds[0] if arguments.cl_seed is None else arguments.cl_seed
+    world, corpus = build_world(study.profile.corpus.world, seed), study.corpus_run(seed)
+    counts = (len(world.once), len(world.paraphrase), plan.injections, plan.steps, plan.batch_size)
+    known: dict[str, Any] = {}
+    if corpus.done:  # its tokenizer says how long the passages are
+        from transformers import AutoTokenizer
+
+        from kelib.corpus import load_corpus
+
+        packed = load_corpus(corpus.folder)
+        tokenizer = AutoTokenizer.from_pretrained(packed.tokenizer_folder)
+        entries = {"once": world.once, "paraphrase": world.paraphrase}
+        known["passages"] = encode_passages(tokenizer, entries)
+        known["sequence_length"] = packed.manifest["sequence_length"]
+    print(format_schedule(injection_schedule(*counts, cl_seed, **known)))
+    if not known:
+        print("\nThe corpus is not built, so passages are taken to fit their sequences.")
 
 
 def _clean(arguments: argparse.Namespace) -> None:
@@ -125,6 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("profile")
         sub.set_defaults(do=do)
+    one = commands.add_parser("injection", help="print the injection schedule of a profile")
+    one.add_argument("profile")
+    one.add_argument("--seed", type=int, help="pretraining seed (default: the first)")
+    one.add_argument("--cl-seed", type=int, help="continual-learning seed (default: the first)")
+    one.set_defaults(do=_injection)
     one = commands.add_parser("entropy", help="measure a model of your own over a text")
     _add_entropy(one)
     one.set_defaults(do=_entropy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +99,9 @@ def _tensor(values: Any) -> torch.Tensor:
     # torch warns where an array is read-only, as memory-mapped blocks are
     shared = not isinstance(values, np.ndarray) or values.flags.writeable
     return torch.as_tensor(values if shared else values.copy())
+
+
+def block_batches(blocks: np.ndarray, batch_size: int = 64) -> Iterator[torch.Tensor]:
+    """Token blocks as int64 tensors, ``batch_size`` rows at a time."""
+    for start in range(0, len(blocks), batch_size):
+        yield torch.from_numpy(blocks[start : start + batch_size].astype(np.int64))

@@ -14,23 +14,30 @@ from kelib.config import digest
 
 # Modules of each kind of run whose code its numbers rest on (beside those of its inputs), or one
 # function of a module that also holds what no run rests on.
-_MEASURING = (
-    *("architectures", "watching", "jackknife", "scoring", "evaluation"),
-    *("entropy", "accumulation", "attention", "batches", "logits", "measurement", "processes"),
+_ENTROPY = (
+    *("architectures", "watching", "jackknife", "entropy", "accumulation", "attention"),
+    *("batches", "logits", "measurement", "processes"),
+)
+_EVALUATION = (
+    *("scoring", "requests", "evaluation", "batches"),
     *("metrics:knowledge_score", "metrics:knowledge_by"),
     *("metrics:_per_entry", "metrics:_over_sets"),
 )
+_CHANGED = (
+    *("jobs:_start", "jobs:_write_result", "interventions", "ffn"),
+    *_ENTROPY,
+    *_EVALUATION,
+)
 CODE = {
     "corpus": (
-        *("jobs:corpus", "sources", "parsing", "corpus"),
+        *("jobs:corpus", "sources", "parsing", "corpus", "packing"),
         *("world", "entries", "dice", "wordings"),
     ),
     "pretrain": ("jobs:pretrain", "training", "checkpoints"),
-    "measure": ("jobs:measure", *_MEASURING),
-    "continual": (
-        *("jobs:continual", "training", "injection", "interventions", "ffn"),
-        *_MEASURING,
-    ),
+    "entropy": ("jobs:entropy", "convergence", "panel", *_ENTROPY),
+    "evaluate": ("jobs:evaluate", *_EVALUATION),
+    "intervene": ("jobs:intervene", *_CHANGED),
+    "continual": ("jobs:continual", "training", "injection", "continual", *_CHANGED),
 }
 
 

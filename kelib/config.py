@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-import hashlib
-import json
 import math
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kelib.errors import KelibError, listing
+from kelib.schema import (
+    at_least,
+    at_least_each,
+    build,
+    convert,
+    digest,
+    field_names,
+    read_yaml,
+    require,
+    unique,
+    within,
+)
 from kelib.world import WorldSize
+
+__all__ = ["convert", "digest", "load_profile", "read_yaml", "repository_root"]
+
+
+PROTOCOL = "protocol"  # continual learning as the paper does it
+TEXTS = {"domain": "domain", "general": "unread"}  # what is continued on -> its blocks
 
 
 def repository_root() -> Path:
@@ -35,16 +46,6 @@ def repository_root() -> Path:
     raise KelibError(
         f"no folder notebooks/params above {Path.cwd()}; run this inside a checkout of kelib"
     )
-
-
-def digest(value: Any, length: int = 12) -> str:
-    """Short sha256 of a JSON-able value or dataclass; equal values have equal digests on every
-    platform.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +62,25 @@ class Corpus:
     domain_sequences: int  # packed for continual learning; a longer run reads them again
     heldout_sequences: int  # per corpus, for the loss before and after
     world: WorldSize
+    convergence_sequences: int = 2048  # as entropy_sequences: how the estimate depends on |D|
 
     def __post_init__(self) -> None:
-        _within(self, 300, 65536, "vocabulary_size")  # blocks are stored as uint16
-        _at_least(self, sequence_length=8, entropy_sequences=1)
-        _at_least(self, domain_sequences=1, heldout_sequences=1)
-        _within(self, 0, 1, "facts_share")
-        _require(self.domain != (), "corpus.domain", self.domain, "at least one source")
-        _require(
+        within(self, 300, 65536, "vocabulary_size")  # blocks are stored as uint16
+        at_least(self, sequence_length=8, entropy_sequences=1, convergence_sequences=1)
+        at_least(self, domain_sequences=1, heldout_sequences=1)
+        within(self, 0, 1, "facts_share")
+        require(self.domain != (), "corpus.domain", self.domain, "at least one source")
+        require(
             self.general != () or self.facts_share == 1,
             "corpus.general",
             self.general,
             "at least one source unless facts_share is 1",
         )
         both = sorted(set(self.general) & set(self.domain))
-        _require(both == [], "corpus.domain", self.domain, f"other sources than general: {both}")
+        require(both == [], "corpus.domain", self.domain, f"other sources than general: {both}")
         for name in ("once_entries", "paraphrase_entries"):
             count = getattr(self.world, name)
-            _require(count >= 1, f"corpus.world.{name}", count, "at least 1: K needs both sets")
+            require(count >= 1, f"corpus.world.{name}", count, "at least 1: K needs both sets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +94,34 @@ class Model:
     num_attention_heads: int
 
     def __post_init__(self) -> None:
-        _at_least(self, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1)
-        _at_least(self, hidden_size=1)
+        at_least(self, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1)
+        at_least(self, hidden_size=1)
         heads = self.num_attention_heads
-        _require(
+        require(
             self.hidden_size % (2 * heads) == 0,
             "model.hidden_size",
             self.hidden_size,
             f"a multiple of 2 x {heads} heads (rotary halves)",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a training step is computed; the global batch stays what it is."""
+
+    precision: str = "float32"  # or bf16: autocast, weights stay float32
+    micro_batch_size: int | None = None  # sequences at once in a process; None: its whole share
+    compile: bool = False  # torch.compile
+
+    def __post_init__(self) -> None:
+        require(
+            self.precision in ("float32", "bf16"),
+            "training.precision",
+            self.precision,
+            "float32 or bf16",
+        )
+        if self.micro_batch_size is not None:
+            at_least(self, micro_batch_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +135,10 @@ class Optimizer:
     final_share: float = 0.1  # of the peak learning rate
 
     def __post_init__(self) -> None:
-        _within(self, 0, 1, "warmup_share", "final_share")
-        _within(self, 0, math.inf, "weight_decay")
-        _require(self.clip > 0, "optimizer.clip", self.clip, "above 0")
-        _require(
+        within(self, 0, 1, "warmup_share", "final_share")
+        within(self, 0, math.inf, "weight_decay")
+        require(self.clip > 0, "optimizer.clip", self.clip, "above 0")
+        require(
             all(0 <= beta < 1 for beta in self.betas),
             "optimizer.betas",
             self.betas,
@@ -136,16 +157,35 @@ class Pretraining:
     checkpoints: tuple[int, ...]  # steps; 0 and the last step are always kept
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, batch_size=1)
-        _require(self.learning_rate > 0, "pretraining.learning_rate", self.learning_rate, "above 0")
+        at_least(self, steps=1, batch_size=1)
+        require(self.learning_rate > 0, "pretraining.learning_rate", self.learning_rate, "above 0")
         kept = tuple(sorted({0, *self.checkpoints, self.steps}))
-        _require(
+        require(
             kept[0] == 0 and kept[-1] == self.steps,
             "pretraining.checkpoints",
             self.checkpoints,
             f"steps between 0 and {self.steps}",
         )
         object.__setattr__(self, "checkpoints", kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One departure from the protocol of continual learning (Table 1, Fig. 13), at every stage."""
+
+    name: str
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    text: str = "domain"  # or general: what pretraining left unread of it
+    batch_size: int | None = None  # None: as the protocol
+    steps: int | None = None
+    epochs: int = 1  # the same sequences, read so often in the steps given
+
+    def __post_init__(self) -> None:
+        at_least(self, epochs=1)
+        require(self.text in TEXTS, "variant.text", self.text, f"one of {listing(TEXTS)}")
+        require(self.name != PROTOCOL, "variant.name", self.name, "another name")
+        unique(self, "learning_rates", "seeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,24 +203,36 @@ class Continual:
     stages: tuple[float, ...]
     injections: int
     optimizer: Optimizer
+    control_seeds: tuple[int, ...] | None = None  # also run without injection; None: all seeds
+    curve_seeds: tuple[int, ...] = ()  # probes are scored at every injection
+    variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, batch_size=1, injections=1)
-        _require(
+        at_least(self, steps=1, batch_size=1, injections=1)
+        for name in ("control_seeds", "curve_seeds"):
+            seeds = getattr(self, name) or ()
+            require(
+                set(seeds) <= set(self.seeds), f"continual.{name}", seeds, f"among {self.seeds}"
+            )
+        names = [variant.name for variant in self.variants]
+        require(
+            len(set(names)) == len(names), "continual.variants", names, "a list of distinct names"
+        )
+        require(
             self.steps % self.injections == 0,
             "continual.steps",
             self.steps,
             f"a multiple of the {self.injections} injections",
         )
         for share in self.stages:
-            _require(0 < share <= 1, "continual.stages", share, "between 0 (exclusive) and 1")
-        _require(
+            require(0 < share <= 1, "continual.stages", share, "between 0 (exclusive) and 1")
+        require(
             1.0 in self.stages, "continual.stages", self.stages, "a list with 1.0, the last stage"
         )
         for rate in self.learning_rates:
-            _require(rate > 0, "continual.learning_rates", rate, "above 0")
-        _unique(self, "learning_rates", "seeds", "stages")
-        _at_least_each(self, 0, "seeds")
+            require(rate > 0, "continual.learning_rates", rate, "above 0")
+        unique(self, "learning_rates", "seeds", "stages")
+        at_least_each(self, 0, "seeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +245,10 @@ class Interventions:
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
-            _require(0 <= ratio <= 1, "interventions.ratios", ratio, "between 0 and 1")
+            require(0 <= ratio <= 1, "interventions.ratios", ratio, "between 0 and 1")
         for factor in self.factors:
-            _require(factor > 0, "interventions.factors", factor, "above 0")
-        _unique(self, "ratios", "factors", "learning_rates")
+            require(factor > 0, "interventions.factors", factor, "above 0")
+        unique(self, "ratios", "factors", "learning_rates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +265,22 @@ class Profile:
     pretraining: Pretraining
     continual: Continual
     interventions: Interventions
+    comparison: Model | None = None  # another family, trained and measured beside (Fig. 6)
+    training: Training = Training()
 
     def __post_init__(self) -> None:
-        _at_least(self, workers=1)
-        _unique(self, "seeds")
-        _at_least_each(self, 0, "seeds")
+        at_least(self, workers=1)
+        if self.comparison is not None:
+            require(
+                self.comparison.model_type != self.model.model_type,
+                "comparison.model_type",
+                self.comparison.model_type,
+                f"another family than {self.model.model_type}",
+            )
+        unique(self, "seeds")
+        at_least_each(self, 0, "seeds")
         missing = set(self.interventions.learning_rates) - set(self.continual.learning_rates)
-        _require(
+        require(
             not missing,
             "interventions.learning_rates",
             self.interventions.learning_rates,
@@ -235,110 +296,6 @@ class Profile:
         return digest(dataclasses.asdict(dataclasses.replace(self, workers=1)))
 
 
-def _require(holds: bool, name: str, value: object, constraint: str) -> None:
-    if not holds:
-        raise KelibError(f"{name} = {value!r} must be {constraint}")
-
-
-def _where(instance: object, name: str) -> str:
-    kind = type(instance).__name__
-    return name if kind == "Profile" else f"{kind.lower()}.{name}"
-
-
-def _at_least(instance: object, **bounds: int) -> None:
-    for name, low in bounds.items():
-        value = getattr(instance, name)
-        _require(value >= low, _where(instance, name), value, f"at least {low}")
-
-
-def _at_least_each(instance: object, low: int, name: str) -> None:
-    for value in getattr(instance, name):
-        _require(value >= low, _where(instance, name), value, f"at least {low}")
-
-
-def _within(instance: object, low: float, high: float, *names: str) -> None:
-    for name in names:
-        value = getattr(instance, name)
-        _require(low <= value <= high, _where(instance, name), value, f"between {low} and {high}")
-
-
-def _unique(instance: object, *names: str) -> None:
-    for name in names:
-        values = getattr(instance, name)
-        _require(
-            len(values) > 0 and len(set(values)) == len(values),
-            _where(instance, name),
-            values,
-            "a list of distinct values, not empty",
-        )
-
-
-def convert(kind: Any, value: Any, name: str) -> Any:
-    """Check ``value`` (from YAML) against the annotation ``kind``; exact types, except int where
-    float is due.
-    """
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise KelibError(f"{name} = {value!r} must be a mapping with {listing(_fields(kind))}")
-        return _build(kind, value, name)
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        arguments = typing.get_args(kind)
-        if not isinstance(value, (list, tuple)):
-            raise KelibError(f"{name} = {value!r} must be a list, such as [1, 2]")
-        if arguments[-1] is Ellipsis:
-            return tuple(convert(arguments[0], v, f"{name}[{i}]") for i, v in enumerate(value))
-        if len(value) != len(arguments):
-            raise KelibError(f"{name} = {value!r} must have {len(arguments)} values")
-        return tuple(convert(a, v, name) for a, v in zip(arguments, value, strict=True))
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        hint = ""
-        if kind is float and isinstance(value, str):
-            hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
-        raise KelibError(f"{name} = {value!r} must be of type {kind.__name__}, finite{hint}")
-    return value
-
-
-def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(kind)}
-
-
-def _build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    fields, hints = _fields(kind), typing.get_type_hints(kind)
-    dotted = f"{prefix}." if prefix else ""
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            guess = f"did you mean {dotted}{near[0]}? " if near else ""
-            raise KelibError(
-                f"unknown key {dotted}{key}: {guess}valid keys are {listing(fields, 40)}"
-            )
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise KelibError(
-                f"missing key {dotted}{name}: add it; valid keys are {listing(fields, 40)}"
-            )
-    built = {key: convert(hints[key], value, f"{dotted}{key}") for key, value in values.items()}
-    return kind(**built)
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse YAML safely; a syntax error becomes one line with its place."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise KelibError(f"{path.name} is not valid YAML: {reason}") from error
-    except OSError as error:
-        raise KelibError(f"cannot read {path}: {error.strerror}") from error
-
-
 def profile_from(values: Any, overrides: Mapping[str, Any] | None = None) -> Profile:
     """Build a profile from nested mappings; ``overrides`` are dotted keys such as
     ``{"continual.steps": 40}``.
@@ -346,19 +303,23 @@ def profile_from(values: Any, overrides: Mapping[str, Any] | None = None) -> Pro
     Raises KelibError for an unknown, missing or mistyped key, naming the valid ones.
     """
     if not isinstance(values, Mapping):
-        raise KelibError(f"a profile must be a mapping with {listing(_fields(Profile))}")
+        raise KelibError(f"a profile must be a mapping with {listing(field_names(Profile))}")
     nested = copy.deepcopy(dict(values))  # the caller's mapping is never changed
     for dotted, value in (overrides or {}).items():
         *parents, last = dotted.split(".")
         place: Any = nested
         for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
+            # a section with defaults only need not be in the file
+            optional = dotted.startswith("training.")
+            if not isinstance(place, dict):
+                break
+            place = place.setdefault(parent, {}) if optional else place.get(parent)
         if not isinstance(place, dict):
             raise KelibError(
-                f"unknown key {dotted}: valid sections are {listing(_fields(Profile))}"
+                f"unknown key {dotted}: valid sections are {listing(field_names(Profile))}"
             )
         place[last] = copy.deepcopy(value)
-    return _build(Profile, nested)
+    return build(Profile, nested)
 
 
 def profiles(folder: Path | None = None) -> list[str]:

@@ -17,21 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kelib import sources
 from kelib.config import Corpus
 from kelib.errors import KelibError, listing
+from kelib.packing import pack, save_tokenizer, train_tokenizer
 from kelib.world import World, build_world
 
-END_OF_TEXT = "<|endoftext|>"
 GENERAL_SPLITS = {"pretrain": 0.84, "entropy": 0.08, "heldout": 0.08}
 DOMAIN_SPLITS = {"continual": 0.9, "heldout": 0.1}
 GENERATED_DOCUMENTS = (
     6000  # a `generated:NAME` source, some 240,000 tokens of the study's own tokenizer
 )
 TOKENIZER_CHARACTERS = 4_000_000  # BPE merges settle long before; more text only costs time
-BLOCKS = ("general", "facts", "entropy", "heldout_general", "domain", "heldout_domain")
+BLOCKS = (
+    *("general", "facts", "domain"),  # trained on
+    *("unread", "heldout_general", "heldout_domain"),
+    *("entropy", "entropy_facts", "entropy_general", "entropy_domain", "convergence"),
+)
 
 
 def source_documents(name: str, folder: Path, settings: Corpus, seed: int) -> list[str]:
@@ -70,54 +73,6 @@ def split_documents(
     return splits
 
 
-def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """A byte-level BPE: every text encodes, nothing is unknown, and id 0 is the end-of-text
-    token.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-def pack(
-    documents: Iterable[str], tokenizer: Tokenizer, length: int, blocks: int | None = None
-) -> np.ndarray:
-    """Token blocks ``(n, length)`` uint16: documents each followed by end-of-text, joined and cut.
-
-    Stops reading once ``blocks`` are full; without it reads everything.
-    """
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    want = None if blocks is None else blocks * length
-    ids: list[int] = []
-    for chunk in _chunks(documents, 512):
-        for encoding in tokenizer.encode_batch(chunk):
-            ids.extend(encoding.ids)
-            ids.append(end)  # type: ignore[arg-type]  # train_tokenizer adds it to every tokenizer
-        if want is not None and len(ids) >= want:
-            break
-    full = len(ids) // length if want is None else min(len(ids), want) // length
-    return np.asarray(ids[: full * length], dtype=np.uint16).reshape(full, length)
-
-
-def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
 def _mention_free(documents: list[str], world: World) -> list[str]:
     """Drop documents that mention an entry: what is injected later must be new."""
     names = [entry.name for entry in (*world.once, *world.paraphrase)]
@@ -132,7 +87,9 @@ def build_corpus(
 
     ``wanted`` gives the number of blocks of ``general``, ``facts`` and ``domain`` that training
     will read; real text that is shorter is read again (the manifest gives the passes), never
-    silently cut.
+    silently cut. ``unread`` is general text that pretraining does not reach, for continual learning
+    on it. Of ``unread``, ``convergence`` and the ``entropy_*`` of single kinds of text there is as
+    much as the text gives, up to what the settings ask for.
     """
     world = build_world(settings.world, seed)
     general = split_documents(settings.general, GENERAL_SPLITS, fetched, settings, seed)
@@ -167,30 +124,22 @@ def build_corpus(
             parts.append(pack(general[split], tokenizer, length, blocks - from_facts))
         return np.concatenate(parts)
 
+    # documents are packed in order, so that what pretraining leaves unread stays in the iterator
+    pretraining, heldout = iter(general["pretrain"]), iter(domain["heldout"])
     arrays = {
         "facts": pack(facts(0), tokenizer, length, wanted["facts"]),
-        "general": pack(general["pretrain"], tokenizer, length, wanted["general"]),
+        "general": pack(pretraining, tokenizer, length, wanted["general"]),
+        "unread": pack(pretraining, tokenizer, length, settings.domain_sequences),
         "entropy": mixed("entropy", 1, settings.entropy_sequences),
         "heldout_general": mixed("heldout", 2, settings.heldout_sequences),
         "domain": pack(domain["continual"], tokenizer, length, wanted["domain"]),
-        "heldout_domain": pack(domain["heldout"], tokenizer, length, settings.heldout_sequences),
+        "heldout_domain": pack(heldout, tokenizer, length, settings.heldout_sequences),
+        "entropy_facts": pack(facts(3), tokenizer, length, settings.entropy_sequences),
+        "entropy_general": pack(general["entropy"], tokenizer, length, settings.entropy_sequences),
+        "entropy_domain": pack(heldout, tokenizer, length, settings.entropy_sequences),
+        "convergence": mixed("entropy", 1, settings.convergence_sequences),
     }
-    needs = {**wanted, "entropy": settings.entropy_sequences}
-    needs |= dict.fromkeys(("heldout_general", "heldout_domain"), settings.heldout_sequences)
-    passes = {}
-    for name, need in needs.items():
-        have = len(arrays[name])
-        if have == 0 and need > 0:
-            raise KelibError(
-                f"corpus {name}: {need} sequences of {length} tokens wanted, the text gives none; "
-                "add a source or shorten sequence_length"
-            )
-        if name in ("entropy", "heldout_general", "heldout_domain") and have < need:
-            raise KelibError(
-                f"corpus {name}: {need} sequences of {length} tokens wanted, there are {have}; "
-                f"lower corpus.{name.split('_')[0]}_sequences or add a source"
-            )
-        passes[name] = round(need / have, 3) if have else 0.0
+    passes = _passes(settings, wanted, arrays)
 
     save_tokenizer(tokenizer, length, folder / "tokenizer")
     hashes = {}
@@ -208,20 +157,26 @@ def build_corpus(
     return written
 
 
-def save_tokenizer(tokenizer: Tokenizer, length: int, folder: Path) -> None:
-    """Write the tokenizer as ``AutoTokenizer.from_pretrained`` reads it."""
-    from transformers import (
-        PreTrainedTokenizerFast,
-    )  # a heavy import that packing alone does not need
-
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        bos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=length,
-    )
-    wrapped.save_pretrained(folder)
+def _passes(
+    settings: Corpus, wanted: dict[str, int], arrays: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """How often training reads each array. KelibError for one that is empty or must not repeat."""
+    heldout = settings.heldout_sequences
+    measured = {"heldout_general": heldout, "heldout_domain": heldout}
+    measured |= {"entropy": settings.entropy_sequences}
+    passes = {}
+    for name, need in {**wanted, **measured}.items():
+        have, length = len(arrays[name]), settings.sequence_length
+        wants = f"corpus {name}: {need} sequences of {length} tokens wanted, "
+        if have == 0 and need > 0:
+            raise KelibError(wants + "the text gives none; add a source or shorten sequence_length")
+        if name in measured and have < need:
+            raise KelibError(
+                f"{wants}there are {have}; lower corpus.{name.split('_')[0]}_sequences or add a "
+                "source"
+            )
+        passes[name] = round(need / have, 3) if have else 0.0
+    return passes
 
 
 def _first(documents: Iterator[str], characters: int) -> Iterator[str]:

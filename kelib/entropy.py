@@ -18,7 +18,7 @@ from kelib.errors import KelibError, listing
 from kelib.jackknife import BLOCKS, Sums
 from kelib.logits import next_token_entropies, require_head
 from kelib.measurement import EntropyMeasurement, shannon_entropy
-from kelib.processes import Processes
+from kelib.processes import Processes, require_whole
 from kelib.watching import evaluating, watch_memories
 
 __all__ = ["EntropyMeasurement", "measure_entropy", "shannon_entropy"]
@@ -72,9 +72,9 @@ def measure_entropy(
         process_group: None, to measure in this process alone; ``"world"`` or a ProcessGroup, to
             measure together with the other processes, as under ``accelerate launch`` (nothing is
             done unasked: one process of a training run may measure while the others wait). Every
-                process passes the same batches and reads each n-th of them; none
-            is read twice, and all end with the same result. If torch.distributed is not
-            initialised, ``"world"`` is this process.
+            process passes the same batches and reads each n-th of them; none is read twice, and all
+            end with the same result. If torch.distributed is not initialised, ``"world"`` is this
+            process.
         sharded: with ``process_group``: every process passes batches of its own, and reads all of
             them.
 
@@ -87,6 +87,7 @@ def measure_entropy(
         raise KelibError("nothing to measure: set knowledge, attention or next_token to True")
     name = definition_name(coefficient)
     processes = Processes(process_group)
+    require_whole(model)
     model = unwrap(model)
     error: Exception | None = None
     sums: Sums | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kelib.batches import block_batches
 from kelib.corpus import PackedCorpus
 from kelib.metrics import knowledge_by, knowledge_score
 from kelib.scoring import score_continuations
@@ -54,31 +54,39 @@ def evaluate(model: Any, tokenizer: Any, world: World, corpus: PackedCorpus) -> 
     paper's metric for SciQ, WinoGrande and ARC-Easy; choices here are alike in length). ``p`` is
     the mean over tasks.
     """
-    probe_keys, requests = [], []
+    probes, questions = (
+        score_probes(model, tokenizer, world),
+        score_questions(model, tokenizer, world),
+    )
+    losses = {name: heldout_loss(model, corpus.blocks[name]) for name in HELDOUT}
+    return Evaluation(probes, questions, losses)
+
+
+def score_probes(model: Any, tokenizer: Any, world: World) -> pd.DataFrame:
+    """Log-probability (nats, sum over the target) of every probe of every entry."""
+    keys, requests = [], []
     for entry_set, entries in (("once", world.once), ("paraphrase", world.paraphrase)):
         for index, entry in enumerate(entries):
             for number, probe in enumerate(entry.probes):
-                probe_keys.append((f"{entry_set}-{index}", entry_set, probe.level, number))
+                keys.append((f"{entry_set}-{index}", entry_set, probe.level, number))
                 requests.append((probe.input, probe.target))
-    probes_end = len(requests)
-    for question in world.questions:
-        requests += [(question.context, choice) for choice in question.choices]
     scores = score_continuations(model, tokenizer, requests)
+    probes = pd.DataFrame(keys, columns=["entry", "entry_set", "level", "probe"])
+    probes["log_probability"] = [score.log_probability for score in scores]
+    probes["tokens"] = [score.tokens for score in scores]
+    return probes
 
-    probes = pd.DataFrame(probe_keys, columns=["entry", "entry_set", "level", "probe"])
-    probes["log_probability"] = [score.log_probability for score in scores[:probes_end]]
-    probes["tokens"] = [score.tokens for score in scores[:probes_end]]
+
+def score_questions(model: Any, tokenizer: Any, world: World) -> pd.DataFrame:
+    """Whether every question is answered rightly, and by what margin (nats)."""
+    requests = [(q.context, choice) for q in world.questions for choice in q.choices]
+    scores = iter(score_continuations(model, tokenizer, requests))
     rows = []
     for item, question in enumerate(world.questions):
-        first = probes_end + item * len(question.choices)
-        values = np.array(
-            [s.log_probability for s in scores[first : first + len(question.choices)]]
-        )
+        values = np.array([next(scores).log_probability for _ in question.choices])
         margin = values[question.answer] - np.delete(values, question.answer).max()
         rows.append((question.task, item, bool(margin > 0), float(margin)))
-    questions = pd.DataFrame(rows, columns=["task", "item", "correct", "margin"])
-    losses = {name: heldout_loss(model, corpus.blocks[name]) for name in HELDOUT}
-    return Evaluation(probes, questions, losses)
+    return pd.DataFrame(rows, columns=["task", "item", "correct", "margin"])
 
 
 @torch.inference_mode()
@@ -98,9 +106,3 @@ def heldout_loss(model: Any, blocks: np.ndarray, batch_size: int = 64) -> float:
     finally:
         model.train(was_training)
     return total / count
-
-
-def block_batches(blocks: np.ndarray, batch_size: int = 64) -> Iterator[torch.Tensor]:
-    """Token blocks as int64 tensors, ``batch_size`` rows at a time."""
-    for start in range(0, len(blocks), batch_size):
-        yield torch.from_numpy(blocks[start : start + batch_size].astype(np.int64))

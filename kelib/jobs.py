@@ -7,6 +7,7 @@ so a job may leave what it likes there and find it again after a kill.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kelib.config import Continual, Corpus, Model, Pretraining, convert
-from kelib.corpus import Mixture, build_corpus, load_corpus, sequence_order
+from kelib.config import Continual, Corpus, Model, Pretraining, Training, convert
+from kelib.corpus import Mixture, build_corpus, load_corpus
 from kelib.world import World, build_world
 
 Settings = Mapping[str, Any]
@@ -59,7 +60,14 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
     length = packed.manifest["sequence_length"]
     model = new_model(shape, settings["vocabulary_size"], length, seed)
     mixture = Mixture.build(packed, settings["facts_share"], plan.steps, plan.batch_size, seed)
-    trainer = Trainer(model, mixture.batch, plan.steps, plan.learning_rate, plan.optimizer)
+    trainer = Trainer(
+        model,
+        mixture.batch,
+        plan.steps,
+        plan.learning_rate,
+        plan.optimizer,
+        **_training_options(settings),
+    )
     state = folder / STATE
 
     def keep(step: int) -> None:
@@ -89,63 +97,91 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
     state.unlink()
 
 
+def _training_options(settings: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(convert(Training, settings["training"], "training"))
+
+
 def _world_of(settings: Settings) -> World:
     return build_world(convert(Corpus, settings["corpus"], "corpus").world, settings["seed"])
 
 
-def measure(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Knowledge entropy, probes, questions and losses of one checkpoint."""
+def entropy(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """All entropies of one checkpoint: on the pretraining mixture in every definition, and on each
+    kind of text; the plasticity panel; with ``converge`` how the estimate depends on |D|.
+    """
+    from kelib.batches import block_batches
     from kelib.checkpoints import load_checkpoint, step_folder
+    from kelib.convergence import convergence
     from kelib.entropy import measure_entropy
-    from kelib.evaluation import block_batches, evaluate
+    from kelib.panel import plasticity_panel
+
+    packed = load_corpus(inputs["corpus"])
+    model, _ = load_checkpoint(
+        step_folder(inputs["pretrain"], settings["step"]), settings["pretrain"]
+    )
+
+    def measured(blocks: str, **options: Any) -> Any:
+        batches = ({"input_ids": batch} for batch in block_batches(packed.blocks[blocks]))
+        return measure_entropy(model, batches, uncertainty=True, **options)
+
+    main = measured("entropy", attention=True, next_token=True)
+    dataclasses.replace(main, blocks=None).save(folder / "coefficients.safetensors")
+    _write_table(plasticity_panel(model, main), folder / "panel.csv")
+    progress(0.3)
+    tables = [main.table().assign(data="mixture")]
+    for definition in ("relu", "contribution"):
+        tables.append(measured("entropy", coefficient=definition).table().assign(data="mixture"))
+    for kind in ("facts", "general", "domain"):
+        if len(packed.blocks[f"entropy_{kind}"]):
+            other = measured(f"entropy_{kind}", attention=True, next_token=True)
+            tables.append(other.table().assign(data=kind))
+    _write_table(pd.concat(tables), folder / "entropies.csv")
+    if settings["converge"]:
+        _write_table(convergence(measured("convergence")), folder / "convergence.csv")
+
+
+def evaluate(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Probes, questions and held-out losses of one checkpoint."""
+    from kelib import evaluation
+    from kelib.checkpoints import load_checkpoint, step_folder
 
     packed = load_corpus(inputs["corpus"])
     model, tokenizer = load_checkpoint(
         step_folder(inputs["pretrain"], settings["step"]), settings["pretrain"]
     )
-    entropy = measure_entropy(
-        model, ({"input_ids": b} for b in block_batches(packed.blocks["entropy"]))
-    )
-    entropy.save(folder / "coefficients.safetensors")
-    progress(0.5)
-    found = evaluate(model, tokenizer, _world_of(settings), packed)
+    found = evaluation.evaluate(model, tokenizer, _world_of(settings), packed)
     _write_items(folder, "", found)
     note = {"parameters": sum(p.numel() for p in model.parameters())}
-    note |= {"entropy_nats": entropy.knowledge_entropy.tolist(), "bound_nats": entropy.bound}
     (folder / "result.json").write_text(json.dumps({**note, **found.summary()}, indent=1))
 
 
+def intervene(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """What an intervention alone does to a checkpoint: knowledge, losses, entropy."""
+    from kelib.evaluation import evaluate
+
+    packed = load_corpus(inputs["corpus"])
+    model, tokenizer = _start(settings, inputs)
+    found = evaluate(model, tokenizer, _world_of(settings), packed)
+    _write_items(folder, "", found)
+    _write_result(folder, found, model, packed, {})
+
+
 def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Continue one checkpoint on domain text, with or without injection, perhaps after an
+    """Continue one checkpoint on other text, with or without injection, perhaps after an
     intervention.
     """
-    from kelib.checkpoints import load_checkpoint, step_folder
-    from kelib.entropy import EntropyMeasurement, measure_entropy
-    from kelib.evaluation import block_batches, evaluate
+    from kelib.continual import LearningCurve, reading_order
+    from kelib.evaluation import evaluate
     from kelib.injection import Injector, encode_passages, injection_schedule
-    from kelib.interventions import resuscitate
     from kelib.training import Trainer
 
     packed = load_corpus(inputs["corpus"])
     plan = convert(Continual, settings["continual"], "continual")
-    model, tokenizer = load_checkpoint(
-        step_folder(inputs["pretrain"], settings["step"]), settings["pretrain"]
-    )
+    model, tokenizer = _start(settings, inputs)
     world, seed = _world_of(settings), settings["cl_seed"]
-    entropy_blocks = packed.blocks["entropy"]
-    result: dict[str, Any] = {}
-    if settings["intervention"] is not None:
-        change = settings["intervention"]
-        measured = EntropyMeasurement.load(inputs["measure"] / "coefficients.safetensors")
-        model = resuscitate(model, measured.mean_coefficients, change["ratio"], change["factor"])
-        before = evaluate(model, tokenizer, world, packed)
-        _write_items(folder, "modified_", before)
-        woken = measure_entropy(model, ({"input_ids": b} for b in block_batches(entropy_blocks)))
-        result["modified"] = before.summary()
-        result["modified"]["entropy_nats"] = woken.knowledge_entropy.tolist()
-
-    domain = packed.blocks["domain"]
-    order = sequence_order(len(domain), plan.steps * plan.batch_size, 1000 + seed)
+    text = packed.blocks[settings["text"]]
+    order = reading_order(len(text), plan.steps * plan.batch_size, settings["epochs"], seed)
+    passages = encode_passages(tokenizer, {"once": world.once, "paraphrase": world.paraphrase})
     schedule = injection_schedule(
         len(world.once),
         len(world.paraphrase),
@@ -153,33 +189,73 @@ def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
         plan.steps,
         plan.batch_size,
         seed,
+        passages,
+        text.shape[1],
     )
-    entries = {"once": world.once, "paraphrase": world.paraphrase}
-    if not settings["injected"]:
-        schedule = schedule.iloc[:0]
-    injector = Injector(schedule, encode_passages(tokenizer, entries))
+    injector = Injector(schedule if settings["injected"] else schedule.iloc[:0], passages)
 
     def batch_at(step: int) -> np.ndarray:
         rows = order[step * plan.batch_size : (step + 1) * plan.batch_size]
-        return injector.apply(np.asarray(domain[rows]), step)
+        return injector.apply(np.asarray(text[rows]), step)
 
-    trainer = Trainer(model, batch_at, plan.steps, settings["learning_rate"], plan.optimizer)
-    trainer.run(on_step=lambda step, _: progress(0.9 * step / plan.steps))
+    # the run without injection is looked at in the same steps
+    curve = LearningCurve(model, tokenizer, world, schedule) if settings["curve"] else None
+
+    def on_step(step: int, _trainer: Trainer) -> None:
+        progress(0.9 * step / plan.steps)
+        if curve is not None:
+            curve.on_step(step)
+
+    trainer = Trainer(
+        model,
+        batch_at,
+        plan.steps,
+        settings["learning_rate"],
+        plan.optimizer,
+        **_training_options(settings),
+    )
+    trainer.run(on_step=on_step)
     injector.check()
-
+    _write_table(injector.exposure_table(), folder / "exposures.csv")
+    if curve is not None:
+        _write_table(curve.table(), folder / "curve.csv")
     after = evaluate(model, tokenizer, world, packed)
-    _write_items(folder, "after_", after)
-    entropy = measure_entropy(model, ({"input_ids": b} for b in block_batches(entropy_blocks)))
-    result["after"] = after.summary()
-    result["after"]["entropy_nats"] = entropy.knowledge_entropy.tolist()
-    result["losses"] = trainer.losses
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    _write_items(folder, "", after)
+    _write_result(folder, after, model, packed, {"losses": trainer.losses})
+
+
+def _start(settings: Settings, inputs: Inputs) -> tuple[Any, Any]:
+    """(model, tokenizer) of the checkpoint, changed if the settings name an intervention."""
+    from kelib.checkpoints import load_checkpoint, step_folder
+    from kelib.interventions import resuscitate
+    from kelib.measurement import EntropyMeasurement
+
+    model, tokenizer = load_checkpoint(
+        step_folder(inputs["pretrain"], settings["step"]), settings["pretrain"]
+    )
+    if (change := settings["intervention"]) is not None:
+        measured = EntropyMeasurement.load(inputs["entropy"] / "coefficients.safetensors")
+        model = resuscitate(model, measured.mean_coefficients, change["ratio"], change["factor"])
+    return model, tokenizer
+
+
+def _write_result(folder: Path, found: Any, model: Any, packed: Any, more: dict[str, Any]) -> None:
+    """One flat row about a model: what it knows, its losses and its knowledge entropy."""
+    from kelib.batches import block_batches
+    from kelib.entropy import measure_entropy
+
+    batches = ({"input_ids": b} for b in block_batches(packed.blocks["entropy"]))
+    entropy = float(measure_entropy(model, batches).knowledge_entropy.sum())
+    note = {**found.summary(), "entropy": entropy, **more}
+    (folder / "result.json").write_text(json.dumps(note, indent=1))
 
 
 def _write_items(folder: Path, prefix: str, found: Any) -> None:
     """Item-level results as CSV; they carry numbers of entries and questions, never their text."""
     tables: dict[str, pd.DataFrame] = {"probes": found.probes, "questions": found.questions}
     for name, table in tables.items():
-        table.to_csv(
-            folder / f"{prefix}{name}.csv", index=False, float_format="%.6f", lineterminator="\n"
-        )
+        _write_table(table, folder / f"{prefix}{name}.csv", "%.6f")
+
+
+def _write_table(table: pd.DataFrame, path: Path, float_format: str | None = None) -> None:
+    table.to_csv(path, index=False, float_format=float_format, lineterminator="\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -118,30 +119,61 @@ class EntropyMeasurement:
         sequences.
         """
         _asked(self.coefficient_sums, "knowledge")
-        return self._error(lambda sums: _entropies(sums.coefficients))
+        return self.standard_error(lambda sums: _entropies(sums.coefficients))
 
     @property
     def total_knowledge_entropy_error(self) -> float:
         """Standard error of the sum over layers of the knowledge entropy, nats (as above)."""
         _asked(self.coefficient_sums, "knowledge")
-        return float(self._error(lambda sums: _entropies(sums.coefficients).sum()))
+        return float(self.standard_error(lambda sums: _entropies(sums.coefficients).sum()))
 
     @property
     def attention_entropy_error(self) -> np.ndarray:
         """Standard error of the attention entropy, ``(layers, heads)`` nats (as above)."""
         _asked(self.attention_sums, "attention")
-        return self._error(lambda sums: _table(sums.attention) / sums.sequences)
+        return self.standard_error(lambda sums: _table(sums.attention) / sums.sequences)
 
     @property
     def next_token_entropy_error(self) -> float:
         """Standard error of :attr:`next_token_entropy`, nats (jackknife, as above)."""
         _asked(self.next_token_sum, "next_token")
-        return float(self._error(lambda sums: np.asarray(sums.next_token) / sums.sequences))
+        return float(self.standard_error(lambda sums: np.asarray(sums.next_token) / sums.sequences))
 
-    def _error(self, statistic: Callable[[Sums], Any]) -> np.ndarray:
+    def standard_error(self, statistic: Callable[[Sums], Any]) -> np.ndarray:
+        """Standard error of any function of the sums over sequences (jackknife, as above)."""
         if self.blocks is None:
             raise KelibError("no blocks to estimate an error from: measure with uncertainty=True")
         return jackknife_error(self.blocks, statistic)
+
+    def table(self) -> pd.DataFrame:
+        """What was measured, a row for each entropy and layer.
+
+        Columns ``kind`` (knowledge, attention: the mean over heads, next_token: one row, layer 0),
+        ``coefficient``, ``layer``, ``entropy_nats``, ``standard_error`` (nats, NaN without blocks),
+        ``bound_nats`` (ln m; NaN but for knowledge) and ``sequences``.
+        """
+        rows: list[tuple[str, int, float, float, float]] = []
+
+        def add(kind: str, statistic: Callable[[Sums], np.ndarray], bounds: list[float]) -> None:
+            values = statistic(self._totals())
+            errors = np.full(len(values), np.nan)
+            if self.blocks is not None:
+                errors = self.standard_error(statistic)
+            for layer, (value, error) in enumerate(zip(values, errors, strict=True)):
+                bound = bounds[layer] if bounds else np.nan
+                rows.append((kind, layer, float(value), float(error), bound))
+
+        if self.coefficient_sums:
+            bounds = [float(np.log(len(total))) for total in self.coefficient_sums]
+            add("knowledge", lambda s: _entropies(s.coefficients), bounds)
+        if self.attention_sums:
+            add("attention", lambda s: np.array([a.mean() for a in s.attention]) / s.sequences, [])
+        if self.next_token_sum is not None:
+            add("next_token", lambda s: np.atleast_1d(np.asarray(s.next_token) / s.sequences), [])
+        names = ["kind", "layer", "entropy_nats", "standard_error", "bound_nats"]
+        table = pd.DataFrame(rows, columns=names)
+        table.insert(1, "coefficient", self.coefficient)
+        return table.assign(sequences=self.sequences)
 
     def merge(self, other: EntropyMeasurement) -> EntropyMeasurement:
         """The measurement of both data sets together.

@@ -16,6 +16,7 @@ from kelib.accumulation import Coefficient, definition_name
 from kelib.architectures import unwrap
 from kelib.entropy import measure_entropy
 from kelib.errors import KelibError
+from kelib.processes import require_whole
 
 if TYPE_CHECKING:
     from kelib.training import Trainer
@@ -67,7 +68,8 @@ class EntropyCallback(TrainerCallback):
             are only in ``state.log_history``.
 
     Raises KelibError for ``every`` below 1 and an empty sample; while training whatever
-    :func:`kelib.measure_entropy` raises, such as NaN in the weights, and stops it.
+    :func:`kelib.measure_entropy` raises, such as NaN in the weights, and stops it; also for weights
+    that are divided over processes (FSDP, ZeRO-3), which no process can measure alone.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class EntropyCallback(TrainerCallback):
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """Measure now; the row is kept in :attr:`rows` and returned."""
+        require_whole(model)
         model = unwrap(model)
         device = model.get_input_embeddings().weight.device
         if device.type != "cpu":

@@ -65,3 +65,30 @@ class Processes:
             return flat[start - array.size : start].reshape(array.shape)
 
         return sums.map(next_array)
+
+
+def require_whole(model: Any) -> None:
+    """Raise KelibError if this process holds only a part of the weights.
+
+    FSDP, tensor parallelism and DeepSpeed's ZeRO-3 divide them. A pass of such a model is a pass of
+    all processes at once, so that shares of unequal length would wait for each other for ever, and
+    the memories of a layer are not all in one place.
+    """
+    parts = {type(module).__name__ for module in model.modules()} & {"FullyShardedDataParallel"}
+    for parameter in model.parameters():
+        if dist.is_available() and isinstance(parameter, _divided()):
+            parts.add(type(parameter).__name__)
+        elif hasattr(parameter, "ds_id"):
+            parts.add("DeepSpeed ZeRO-3")
+    if parts:
+        raise KelibError(
+            f"the weights of {type(model).__name__} are divided over processes "
+            f"({', '.join(sorted(parts))}), and entropy is measured where they are whole; save the "
+            "model and measure the saved one, or train with DistributedDataParallel"
+        )
+
+
+def _divided() -> type:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor

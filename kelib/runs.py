@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -27,6 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors import SafetensorError
 
 from kelib.code_table import code_digest
@@ -83,13 +84,20 @@ class Run:
 
         Raises KelibError if the run is not done or the file is broken.
         """
+        return self._parsed(name, lambda path: json.loads(path.read_text()))
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """A CSV file of a finished run; raises as :meth:`read`."""
+        return self._parsed(name, pd.read_csv)
+
+    def _parsed(self, name: str, parse: Callable[[Path], Any]) -> Any:
         if not self.done:
             raise KelibError(
                 f"{self.kind} run {self.digest} is {self.state()}: run its stage first"
             )
         try:
-            return json.loads((self.folder / name).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            return parse(self.folder / name)
+        except (OSError, ValueError) as error:  # neither JSON nor CSV
             raise KelibError(
                 f"{self.folder / name} cannot be read; delete that folder, run again"
             ) from error

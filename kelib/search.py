@@ -15,7 +15,8 @@ import pandas as pd
 from kelib.config import load_profile, read_yaml, repository_root
 from kelib.errors import KelibError, listing
 from kelib.runs import execute
-from kelib.study import Study, checkpoint_tables, continual_table
+from kelib.study import Study
+from kelib.study_tables import checkpoints_table, continual_table, entropy_tables
 from kelib.tables import provenance, write_table
 
 NAME = "search"
@@ -61,7 +62,7 @@ def load_search(path: Path | None = None, data: Path | None = None) -> tuple[str
                     f"regimes.{regime}.seeds has {seed}: search seeds are 0 to 9, the others are "
                     "reported"
                 )
-            overrides = {**(values.get("overrides") or {}), "seeds": [seed]}
+            overrides = {**(values.get("overrides") or {}), "seeds": [seed], "comparison": None}
             profile = dataclasses.replace(load_profile(content["base"], overrides), profile=NAME)
             study = Study(profile, data or root / "data")
             variants.append(Variant(str(regime), study, bool(values.get("continual"))))
@@ -92,14 +93,14 @@ def run_search(variants: list[Variant]) -> dict[str, pd.DataFrame]:
     workers = variants[0].study.profile.workers
     measure = [run for v in variants for run in v.study.measure_runs()]
     execute(measure, workers, "search")
-    entropies = {id(v): checkpoint_tables(v.study) for v in variants}
+    entropies = {id(v): entropy_tables(v.study)["entropy"] for v in variants}
     runs = {
-        id(v): v.study.continual_runs(entropies[id(v)][0]) if v.continual else [] for v in variants
+        id(v): v.study.continual_grid(entropies[id(v)]) if v.continual else [] for v in variants
     }
-    execute([run for part in runs.values() for run in part], workers, "search")
+    execute([run for part in runs.values() for _, run in part], workers, "search")
     parts: dict[str, list[pd.DataFrame]] = {"entropy": [], "checkpoints": [], "continual": []}
     for v in variants:
-        entropy, checkpoints = entropies[id(v)]
+        entropy, checkpoints = entropies[id(v)], checkpoints_table(v.study)
         tables = {"entropy": entropy, "checkpoints": checkpoints}
         if v.continual:
             tables["continual"] = continual_table(v.study, runs[id(v)], checkpoints, entropy)

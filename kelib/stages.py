@@ -14,18 +14,21 @@ from typing import Any
 
 import pandas as pd
 
-from kelib.config import load_profile, repository_root
+from kelib.config import PROTOCOL, load_profile, repository_root
 from kelib.runs import Run
-from kelib.study import (
-    Study,
-    checkpoint_tables,
+from kelib.study import Study
+from kelib.study_tables import (
+    checkpoints_table,
     continual_table,
+    curves_table,
+    entropy_tables,
     pretraining_table,
     save_coefficients,
 )
 from kelib.tables import library_digest, provenance, read_provenance, read_table, write_table
 
-TABLES = ("pretraining", "entropy", "checkpoints", "continual", "interventions")
+MEASURED = ("entropy", "entropies", "panel", "convergence", "checkpoints")
+TABLES = ("pretraining", *MEASURED, "curves", "continual", "interventions")
 
 
 def open_study(
@@ -65,28 +68,40 @@ def table(study: Study, name: str) -> pd.DataFrame:
 
 
 def pretrain(study: Study) -> pd.DataFrame:
-    """Stage 1: corpora and checkpoints; the table is the training loss by seed and step."""
-    runs = [study.pretrain_run(seed) for seed in study.profile.seeds]
+    """Stage 1: corpora and checkpoints; the table is the training loss by model, seed and step."""
+    runs = study.pretrain_runs()
     study.run(runs, "pretrain")
     return _write(study, "pretraining", pretraining_table(study), [], runs)
 
 
 def measure(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Stage 2: (entropy by seed, step, layer; probes, tasks and losses by seed and step)."""
+    """Stage 2: (entropy by seed, step, layer; probes, tasks and losses by seed and step).
+
+    Writes all tables of :data:`MEASURED`, see :func:`kelib.study.entropy_tables`.
+    """
     runs = study.measure_runs()
     study.run(runs, "measure")
-    entropy, checkpoints = checkpoint_tables(study)
+    tables = {**entropy_tables(study), "checkpoints": checkpoints_table(study)}
     save_coefficients(study)
-    written = _write(study, "entropy", entropy, ["pretraining"], runs)
-    return written, _write(study, "checkpoints", checkpoints, ["pretraining"], runs)
+    made = {"checkpoints": "evaluate"}
+    for name in MEASURED:
+        of_it = [run for run in runs if run.kind == made.get(name, "entropy")]
+        tables[name] = _write(study, name, tables[name], ["pretraining"], of_it)
+    return tables["entropy"], tables["checkpoints"]
 
 
 def continual(study: Study) -> pd.DataFrame:
-    """Stage 3: continual learning from every stage, rate and seed, with and without injection."""
+    """Stage 3: continual learning from every stage, rate and seed, with and without injection, and
+    the variants of the protocol; with learning curves where the profile asks for them.
+    """
     entropy = table(study, "entropy")
-    runs = study.continual_runs(entropy)
+    grid = study.continual_grid(entropy)
+    runs = [run for _, run in grid]
     study.run(runs, "continual learning")
-    rows = continual_table(study, runs, table(study, "checkpoints"), entropy)
+    curves = curves_table(grid)
+    if not curves.empty:
+        _write(study, "curves", curves, ["entropy"], [r for r in runs if r.settings["curve"]])
+    rows = continual_table(study, grid, table(study, "checkpoints"), entropy)
     return _write(study, "continual", rows, ["entropy", "checkpoints"], runs)
 
 
@@ -94,14 +109,16 @@ def intervene(study: Study) -> pd.DataFrame:
     """Stage 4: resuscitation of the last stage, then continual learning. Originals stand in the
     same table.
     """
-    runs = study.intervention_runs()
+    grid = study.intervention_grid()
+    runs = [*study.intervene_runs(), *(run for _, run in grid)]
     study.run(runs, "resuscitation")
     entropy, checkpoints = table(study, "entropy"), table(study, "checkpoints")
-    resuscitated = continual_table(study, runs, checkpoints, entropy)
+    resuscitated = continual_table(study, grid, checkpoints, entropy)
     originals = table(study, "continual")
     last = originals["stage_step"] == study.profile.pretraining.steps
     rates = originals["learning_rate"].isin(study.profile.interventions.learning_rates)
-    rows = pd.concat([originals[last & rates & originals["injected"]], resuscitated])
+    same = last & rates & originals["injected"] & (originals["variant"] == PROTOCOL)
+    rows = pd.concat([originals[same], resuscitated])
     return _write(study, "interventions", rows, ["entropy", "checkpoints", "continual"], runs)
 
 

@@ -1,4 +1,4 @@
-"""From a profile to its runs, and from finished runs to tidy tables. No model is loaded here."""
+"""From a profile to its runs. No model is loaded here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kelib.config import Profile, digest
-from kelib.errors import KelibError
-from kelib.metrics import acquisition, forgetting, forgetting_over_chance
+from kelib.config import PROTOCOL, TEXTS, Profile, Variant, digest
+from kelib.errors import KelibError, listing
 from kelib.runs import Run, execute
-from kelib.tables import stack_coefficients
-
-CHANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,21 @@ class Study:
         sources = {"sources": self.data / "sources"}
         return Run("corpus", self._home("corpus"), settings, files=sources)
 
-    def pretrain_run(self, seed: int) -> Run:
+    @property
+    def models(self) -> list[str]:
+        """Types of the models that are pretrained: the study's own, then the one to compare."""
+        p = self.profile
+        return [p.model.model_type, *([p.comparison.model_type] if p.comparison else [])]
+
+    def pretrain_run(self, seed: int, model: str = "") -> Run:
+        """Pretraining of ``model`` (one of :attr:`models`, by default the study's own)."""
         p, corpus = self.profile, self.corpus_run(seed)
+        shape = p.model if model in ("", p.model.model_type) else p.comparison
+        if shape is None or model not in ("", shape.model_type):
+            raise KelibError(f"no model {model!r} in this study; it has {listing(self.models)}")
         settings = {
-            "model": _plain(p.model),
+            "model": _plain(shape),
+            "training": _plain(p.training),
             "pretraining": _plain(p.pretraining),
             "vocabulary_size": p.corpus.vocabulary_size,
             "facts_share": p.corpus.facts_share,
@@ -63,23 +70,42 @@ class Study:
         settings["digest"] = digest([settings, corpus.digest])
         return Run("pretrain", self._home("pretrain"), settings, {"corpus": corpus})
 
-    def _from_checkpoint(self, kind: str, seed: int, step: int, more: dict[str, Any]) -> Run:
-        corpus, pretrain = self.corpus_run(seed), self.pretrain_run(seed)
-        settings = {
-            "seed": seed,
-            "step": step,
-            "corpus": _plain(self.profile.corpus),
-            "pretrain": pretrain.settings["digest"],
-            **more,
-        }
+    def pretrain_runs(self) -> list[Run]:
+        """Every model on every seed."""
+        return [self.pretrain_run(seed, m) for m in self.models for seed in self.profile.seeds]
+
+    def _from_checkpoint(
+        self, kind: str, seed: int, step: int, more: dict[str, Any], model: str = ""
+    ) -> Run:
+        corpus, pretrain = self.corpus_run(seed), self.pretrain_run(seed, model)
+        settings = {"seed": seed, "step": step, "pretrain": pretrain.settings["digest"], **more}
         return Run(kind, self._home(kind), settings, {"corpus": corpus, "pretrain": pretrain})
 
-    def measure_run(self, seed: int, step: int) -> Run:
-        return self._from_checkpoint("measure", seed, step, {})
+    def entropy_run(self, seed: int, step: int, model: str = "") -> Run:
+        """All entropies of one checkpoint (of which only those near a stage show convergence)."""
+        own = model in ("", self.profile.model.model_type)
+        return self._from_checkpoint(
+            "entropy", seed, step, {"converge": own and step in self.near_stages()}, model
+        )
+
+    def evaluate_run(self, seed: int, step: int) -> Run:
+        """Probes, questions and losses of one checkpoint."""
+        return self._from_checkpoint(
+            "evaluate", seed, step, {"corpus": _plain(self.profile.corpus)}
+        )
 
     def measure_runs(self) -> list[Run]:
-        steps = self.profile.pretraining.checkpoints
-        return [self.measure_run(seed, step) for seed in self.profile.seeds for step in steps]
+        """Entropies of every checkpoint of every model, and what the study's own knows at it."""
+        p = self.profile
+        places = [(seed, step) for seed in p.seeds for step in p.pretraining.checkpoints]
+        entropies = [self.entropy_run(*place, model) for model in self.models for place in places]
+        return [*entropies, *(self.evaluate_run(*place) for place in places)]
+
+    def near_stages(self) -> list[int]:
+        """Steps of the checkpoints nearest to the shares of ``continual.stages``, in order."""
+        p, steps = self.profile, np.array(self.profile.pretraining.checkpoints)
+        wanted = [share * p.pretraining.steps for share in sorted(p.continual.stages)]
+        return list(dict.fromkeys(int(steps[np.abs(steps - w).argmin()]) for w in wanted))
 
     def continual_run(
         self,
@@ -89,22 +115,37 @@ class Study:
         cl_seed: int,
         injected: bool = True,
         intervention: dict[str, Any] | None = None,
+        variant: Variant | None = None,
     ) -> Run:
-        plan = _plain(self.profile.continual)
-        for unused in ("learning_rates", "seeds", "stages"):  # the lists the grid is made of
-            plan[unused] = [1.0]
+        """Continual learning from one checkpoint, by the protocol or a ``variant`` of it."""
+        plan, of = self.profile.continual, variant or Variant("", (rate,), (cl_seed,))
+        steps, size = of.steps or plan.steps, of.batch_size or plan.batch_size
+        kept = {"steps": steps, "batch_size": size, "injections": plan.injections}
+        # the lists that the grid is made of are no settings of a run
+        lists = {"learning_rates": [rate], "seeds": [cl_seed], "stages": [1.0]}
         more = {
-            "continual": plan | {"seeds": [cl_seed]},
+            "corpus": _plain(self.profile.corpus),
+            "training": _plain(self.profile.training),
+            "continual": {**kept, **lists, "optimizer": _plain(plan.optimizer)},
+            "text": TEXTS[of.text],
+            "epochs": of.epochs,
             "learning_rate": rate,
             "cl_seed": cl_seed,
             "injected": injected,
             "intervention": intervention,
+            "curve": variant is None and intervention is None and cl_seed in plan.curve_seeds,
         }
         run = self._from_checkpoint("continual", seed, step, more)
-        if intervention is None:
-            return run
-        inputs = {**run.inputs, "measure": self.measure_run(seed, step)}
-        return dataclasses.replace(run, inputs=inputs)
+        return run if intervention is None else self._with_coefficients(run)
+
+    def intervene_run(self, seed: int, step: int, intervention: dict[str, Any]) -> Run:
+        """What an intervention alone does to a checkpoint."""
+        more = {"corpus": _plain(self.profile.corpus), "intervention": intervention}
+        return self._with_coefficients(self._from_checkpoint("intervene", seed, step, more))
+
+    def _with_coefficients(self, run: Run) -> Run:
+        entropy = self.entropy_run(run.settings["seed"], run.settings["step"])
+        return dataclasses.replace(run, inputs={**run.inputs, "entropy": entropy})
 
     def stages(self, entropy: pd.DataFrame, seed: int) -> dict[str, int]:
         """Checkpoints that continual learning starts from, label -> step, in order.
@@ -122,29 +163,60 @@ class Study:
         after = {label: step for step, label in nearest.items() if step > peak}
         return after if len(after) > 1 else {label: step for step, label in nearest.items()}
 
-    def continual_runs(self, entropy: pd.DataFrame) -> list[Run]:
-        """Every stage at every learning rate and CL seed, with and without injection."""
+    def continual_grid(self, entropy: pd.DataFrame) -> list[tuple[str, Run]]:
+        """(name of the variant, run): every stage at every learning rate and CL seed, with and for
+        the control seeds without injection; then the variants.
+        """
         plan = self.profile.continual
-        return [
-            self.continual_run(seed, step, rate, cl_seed, injected)
-            for rate in plan.learning_rates
-            for cl_seed in plan.seeds
-            for injected in (True, False)
+        controls = plan.seeds if plan.control_seeds is None else plan.control_seeds
+        places = [
+            (seed, step)
             for seed in self.profile.seeds
             for step in self.stages(entropy, seed).values()
         ]
-
-    def intervention_runs(self) -> list[Run]:
-        """Resuscitation of the last checkpoint at every p, q, learning rate and CL seed."""
-        plan, last = self.profile.interventions, self.profile.pretraining.steps
-        return [
-            self.continual_run(
-                seed, last, rate, cl_seed, True, {"name": "resuscitate", "ratio": p, "factor": q}
-            )
+        grid = [
+            (PROTOCOL, self.continual_run(*place, rate, cl_seed, injected))
             for rate in plan.learning_rates
+            for cl_seed in plan.seeds
+            for injected in (True, False)
+            if injected or cl_seed in controls
+            for place in places
+        ]
+        grid += [
+            (variant.name, self.continual_run(*place, rate, cl_seed, variant=variant))
+            for variant in plan.variants
+            for rate in variant.learning_rates
+            for cl_seed in variant.seeds
+            for place in places
+        ]
+        return grid
+
+    def intervention_grid(self) -> list[tuple[str, Run]]:
+        """Resuscitation of the last checkpoint at every p, q, learning rate and CL seed."""
+        last = self.profile.pretraining.steps
+        return [
+            (PROTOCOL, self.continual_run(seed, last, rate, cl_seed, True, change))
+            for rate in self.profile.interventions.learning_rates
             for cl_seed in self.profile.continual.seeds
+            for change in self.changes()
+            for seed in self.profile.seeds
+        ]
+
+    def changes(self) -> list[dict[str, Any]]:
+        """Interventions as settings: every p with every q."""
+        plan = self.profile.interventions
+        return [
+            {"name": "resuscitate", "ratio": p, "factor": q}
             for p in plan.ratios
             for q in plan.factors
+        ]
+
+    def intervene_runs(self) -> list[Run]:
+        """Every intervention on the last checkpoint of every seed, before continual learning."""
+        last = self.profile.pretraining.steps
+        return [
+            self.intervene_run(seed, last, change)
+            for change in self.changes()
             for seed in self.profile.seeds
         ]
 
@@ -169,97 +241,6 @@ def peak_step(entropy: pd.DataFrame, seed: int) -> int:
 def _plain(value: Any) -> dict[str, Any]:
     """A dataclass as JSON values (lists for tuples)."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
-
-
-def pretraining_table(study: Study, every: int = 25) -> pd.DataFrame:
-    """Training loss (nats per token, mean of ``every`` steps) along pretraining, per seed."""
-    rows = []
-    for seed in study.profile.seeds:
-        losses = np.array(study.pretrain_run(seed).read("losses.json"))
-        for end in range(every, len(losses) + 1, every):
-            rows.append((seed, end, losses[end - every : end].mean()))
-    return pd.DataFrame(rows, columns=["seed", "step", "loss"])
-
-
-def checkpoint_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(entropy by seed, step and layer; knowledge, accuracy and losses by seed and step)."""
-    p = study.profile
-    per_step = p.pretraining.batch_size * p.corpus.sequence_length
-    entropy, stages = [], []
-    for run in study.measure_runs():
-        seed, step = run.settings["seed"], run.settings["step"]
-        result = run.read()
-        for layer, nats in enumerate(result.pop("entropy_nats")):
-            entropy.append((seed, step, layer, nats, float(np.log(p.model.intermediate_size))))
-        tokens = step * per_step
-        head = {"seed": seed, "step": step, "share": step / p.pretraining.steps, "tokens": tokens}
-        head["tokens_per_parameter"] = tokens / result["parameters"]
-        stages.append({**head, **result})
-    columns = ["seed", "step", "layer", "entropy_nats", "bound_nats"]
-    return pd.DataFrame(entropy, columns=columns), pd.DataFrame(stages)
-
-
-def save_coefficients(study: Study) -> None:
-    """Mean coefficients of every checkpoint, a safetensors file a seed (tensors ``step/layer``)."""
-    for seed in study.profile.seeds:
-        steps = study.profile.pretraining.checkpoints
-        files = {s: study.measure_run(seed, s).folder / "coefficients.safetensors" for s in steps}
-        stack_coefficients(files, study.measurements / f"coefficients-seed{seed}.safetensors")
-
-
-def continual_table(
-    study: Study, runs: Iterable[Run], checkpoints: pd.DataFrame, entropy: pd.DataFrame
-) -> pd.DataFrame:
-    """One row per continual-learning run: before (``_pt``), after (``_cl``), A, F and settings.
-
-    ``_pt`` is the checkpoint as pretrained; after an intervention ``_modified`` is the changed
-    model before continual learning, and ``acquisition_modified`` / ``forgetting_modified`` take it
-    as the baseline.
-    """
-    before = checkpoints.set_index(["seed", "step"])
-    labels = {seed: study.stages(entropy, seed) for seed in study.profile.seeds}
-    totals = entropy.groupby(["seed", "step"])["entropy_nats"].sum()
-    rows = []
-    for run in runs:
-        s, result = run.settings, run.read()
-        start = before.loc[(s["seed"], s["step"])]
-        names = {step: label for label, step in labels[s["seed"]].items()}
-        change = s["intervention"] or {"name": "none", "ratio": np.nan, "factor": np.nan}
-        row = {
-            "seed": s["seed"],
-            "stage_step": s["step"],
-            "stage_label": names[s["step"]],
-            "learning_rate": s["learning_rate"],
-            "cl_seed": s["cl_seed"],
-            "injected": s["injected"],
-            "intervention": change["name"],
-            "ratio": change["ratio"],
-            "factor": change["factor"],
-            "chance": CHANCE,
-            "tokens_per_parameter": start["tokens_per_parameter"],
-            "entropy_pt": totals[(s["seed"], s["step"])],
-            "entropy_cl": sum(result["after"].pop("entropy_nats")),
-        }
-        modified = result.get("modified")
-        if modified is not None:
-            row["entropy_modified"] = sum(modified.pop("entropy_nats"))
-        for name, value in result["after"].items():
-            row[f"{name}_pt"], row[f"{name}_cl"] = start[name], value
-            if modified is not None:
-                row[f"{name}_modified"] = modified[name]
-        rows.append(row)
-    keys = ["seed", "stage_step", "learning_rate", "intervention", "ratio", "factor", "cl_seed"]
-    table = pd.DataFrame(rows).sort_values([*keys, "injected"], ignore_index=True)
-    table["acquisition"] = acquisition(table["k_pt"], table["k_cl"])
-    table["forgetting"] = forgetting(table["p_pt"], table["p_cl"])
-    # NaN where a model knows no more than chance, so that there is nothing to forget
-    table["forgetting_over_chance"] = forgetting_over_chance(table["p_pt"], table["p_cl"], CHANCE)
-    if "k_modified" in table:
-        changed = table["k_modified"].notna()  # runs without intervention may stand in between
-        t = table[changed]
-        table.loc[changed, "acquisition_modified"] = acquisition(t["k_modified"], t["k_cl"])
-        table.loc[changed, "forgetting_modified"] = forgetting(t["p_modified"], t["p_cl"])
-    return table
 
 
 def clean(study: Study) -> None:

@@ -146,6 +146,8 @@ def stack_coefficients(files: Mapping[int, Path], path: Path) -> None:
         with safe_open(file, framework="np") as stored:
             sequences = json.loads(stored.metadata()["counts"])["sequences"]
             for name in stored.keys():  # noqa: SIM118 - not a dict
+                if not name.startswith("layer."):  # attention and next-token sums
+                    continue
                 layer = int(name.removeprefix("layer."))
                 tensors[f"{step:07d}/{layer:02d}"] = stored.get_tensor(name) / sequences
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

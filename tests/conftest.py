@@ -40,6 +40,7 @@ def settings():
         sequence_length=LENGTH,
         facts_share=0.4,
         entropy_sequences=15,
+        convergence_sequences=64,
         domain_sequences=40,
         heldout_sequences=10,
         world=WorldSize(12, 8, 8, once_entries=3, paraphrase_entries=2, questions_per_task=4),

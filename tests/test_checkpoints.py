@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kelib.checkpoints import NOTE, load_checkpoint, new_model, read_note, save_checkpoint
 from kelib.config import Model
-from kelib.corpus import END_OF_TEXT, save_tokenizer, train_tokenizer
 from kelib.errors import KelibError
+from kelib.packing import END_OF_TEXT, save_tokenizer, train_tokenizer
 
 SHAPE = Model("olmo", 16, 32, 2, 2)
 LENGTH = 24

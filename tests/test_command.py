@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from kelib.__main__ import main
-from kelib.corpus import save_tokenizer, train_tokenizer
+from kelib.packing import save_tokenizer, train_tokenizer
 from kelib.entropy import EntropyMeasurement, measure_entropy
 from kelib.errors import KelibError
 from kelib.pretrained import locate

@@ -70,14 +70,14 @@ def test_unknown_key_is_named_with_a_suggestion_and_the_valid_ones(values):
     values["continual"]["step"] = values["continual"].pop("steps")
     refuses(
         "unknown key continual.step: did you mean continual.steps? valid keys are batch_size, "
-        "injections, learning_rates, optimizer, seeds, stages, steps",
+        "control_seeds, curve_seeds, injections, learning_rates, optimizer, seeds, stages",
         values,
     )
 
 
 def test_unknown_key_like_no_other_has_no_suggestion(values):
-    refuses("unknown key zzz: valid keys are continual, corpus", values | {"zzz": 1})
-    refuses("unknown key 7: valid keys are continual, corpus", values | {7: 1})
+    refuses("unknown key zzz: valid keys are comparison, continual, corpus", values | {"zzz": 1})
+    refuses("unknown key 7: valid keys are comparison, continual, corpus", values | {7: 1})
 
 
 def test_missing_key_is_named_with_the_valid_ones(values):
@@ -168,7 +168,7 @@ def test_the_callers_values_are_left_alone(values):
 
 @pytest.mark.parametrize("other", [None, [], "smoke"])
 def test_a_profile_is_a_mapping(other):
-    refuses("a profile must be a mapping with continual, corpus", other)
+    refuses("a profile must be a mapping with comparison, continual, corpus", other)
 
 
 def every_value(node, prefix=""):
@@ -193,6 +193,8 @@ def another(key, value):
         "interventions.learning_rates": [1.0e-3],
         "model.hidden_size": 64,
         "model.num_attention_heads": 4,
+        "comparison.hidden_size": 64,
+        "comparison.num_attention_heads": 4,
     }
     if key in special:
         return special[key]

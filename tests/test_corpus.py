@@ -12,23 +12,21 @@ from itertools import combinations, islice
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from kelib import corpus
 from kelib.config import repository_root
 from kelib.corpus import (
     BLOCKS,
     DOMAIN_SPLITS,
-    END_OF_TEXT,
     GENERAL_SPLITS,
     Mixture,
     load_corpus,
-    pack,
     sequence_order,
     source_documents,
     split_documents,
-    train_tokenizer,
 )
 from kelib.errors import KelibError
+from kelib.packing import END_OF_TEXT, pack, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -138,27 +136,52 @@ def test_every_block_is_full(packed, settings):
     assert set(packed.blocks) == set(BLOCKS)
     expected = {"general": 60, "facts": 40, "domain": 50, "entropy": 15}
     expected |= {"heldout_general": 10, "heldout_domain": 10}
+    read_once = list(expected)
+    expected |= dict.fromkeys(("entropy_facts", "entropy_general", "entropy_domain"), 15)
+    expected |= {"unread": 40, "convergence": 64}
     for name, count in expected.items():
         assert packed.blocks[name].shape == (count, settings.sequence_length)
         assert packed.blocks[name].max() < settings.vocabulary_size
         assert (packed.blocks[name] == 0).any()
     assert packed.manifest["blocks"] == expected
-    assert packed.manifest["passes"] == dict.fromkeys(expected, 1.0)
+    assert packed.manifest["passes"] == dict.fromkeys(read_once, 1.0)
 
 
 def test_no_document_is_in_two_arrays_of_blocks(build, settings):
     larger = dataclasses.replace(settings, entropy_sequences=30, heldout_sequences=30)
     made = load_corpus(build(settings=larger))
-    tokenizer = corpus.Tokenizer.from_file(str(made.tokenizer_folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(made.tokenizer_folder / "tokenizer.json"))
     # facts come first, and are endless draws from few wordings: only text of sources can be split
-    first = {"entropy": 12, "heldout_general": 12}
+    first = {"entropy": 12, "heldout_general": 12, "convergence": round(64 * 0.4)}
     text = {
         name: set(documents_of(made.blocks[name][first.get(name, 0) :], tokenizer)[1:])
         for name in BLOCKS
     }
     assert min(map(len, text.values())) >= 8
-    for a, b in combinations(text, 2):
-        assert not text[a] & text[b]
+    samples = {"entropy", "entropy_general", "convergence"}  # three cuts of one split
+    for a, b in combinations(set(text) - {"entropy_facts"}, 2):
+        assert not text[a] & text[b] or {a, b} <= samples
+
+
+def test_the_longer_entropy_sample_begins_like_the_shorter_one(packed, settings):
+    facts = {name: round(len(packed.blocks[name]) * 0.4) for name in ("entropy", "convergence")}
+    short, long = packed.blocks["entropy"], packed.blocks["convergence"]
+    assert np.array_equal(short[: facts["entropy"]], long[: facts["entropy"]])
+    text = short[facts["entropy"] :]
+    assert np.array_equal(text, long[facts["convergence"] :][: len(text)])
+
+
+def test_text_that_is_too_short_for_the_extra_samples_gives_what_it_has(build, settings, tmp_path):
+    lines = [f"Note {n}: the ship number {n * 7} came in." for n in range(400)]
+    short = dataclasses.replace(
+        settings,
+        domain=(write_documents(tmp_path / "own.txt", lines),),
+        entropy_sequences=40,
+        convergence_sequences=5000,
+    )
+    made = load_corpus(build(settings=short))
+    assert 0 < len(made.blocks["entropy_domain"]) < 40
+    assert 64 < len(made.blocks["convergence"]) < 5000
 
 
 def test_the_entropy_sample_has_the_mixture_of_pretraining(packed, tokenizer, world):
@@ -178,10 +201,10 @@ def test_no_block_mentions_an_entry(build, settings, world, tmp_path):
     domain = write_documents(tmp_path / "domain.txt", [*(t[4:] for t in plain), *told])
     chosen = dataclasses.replace(settings, general=(general,), domain=(domain,))
     made = load_corpus(build(settings=chosen))
-    tokenizer = corpus.Tokenizer.from_file(str(made.tokenizer_folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(made.tokenizer_folder / "tokenizer.json"))
     for name in BLOCKS:
         text = text_of(made.blocks[name], tokenizer)
-        assert "train number" in text or name == "facts"
+        assert "train number" in text or "facts" in name
         assert not [entry.name for entry in entries if entry.name in text]
 
 
@@ -192,7 +215,7 @@ def test_what_was_pretrained_on_is_not_continued_on(build, settings, tmp_path):
     domain = write_documents(tmp_path / "domain.txt", documents[300:])
     chosen = dataclasses.replace(settings, general=(general,), domain=(domain,))
     made = load_corpus(build(settings=chosen))
-    tokenizer = corpus.Tokenizer.from_file(str(made.tokenizer_folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(made.tokenizer_folder / "tokenizer.json"))
     for name in ("domain", "heldout_domain"):
         read = documents_of(made.blocks[name], tokenizer)
         assert len(read) > 10

@@ -178,7 +178,7 @@ def test_runs_are_placed_after_what_they_rest_on(study):
     assert [[run.kind for run in level] for level in levels] == [
         ["corpus"],
         ["pretrain"],
-        ["continual", "measure"] if levels[2][0] == plain else ["measure", "continual"],
+        ["continual", "entropy"] if levels[2][0] == plain else ["entropy", "continual"],
         ["continual"],
     ]
     assert levels[3] == [woken]
@@ -225,8 +225,8 @@ def test_checkpoints_of_a_run_carry_their_origin(made):
 
 
 def test_states_are_counted(made, study, tmp_path):
-    done, missing = study.corpus_run(100), study.measure_run(100, 0)
-    failed, running = study.measure_run(100, 3), study.measure_run(100, 6)
+    done, missing = study.corpus_run(100), study.entropy_run(100, 0)
+    failed, running = study.entropy_run(100, 3), study.entropy_run(100, 6)
     failed.partial.mkdir(parents=True)
     (failed.partial / "error.txt").write_text("no")
     running.partial.mkdir(parents=True)
@@ -239,8 +239,8 @@ def test_states_are_counted(made, study, tmp_path):
 
 
 def test_reading_a_run_that_is_not_done_is_refused(study, made):
-    run = study.measure_run(100, 3)
-    message = rf"measure run {run.digest} is missing: run its stage first"
+    run = study.entropy_run(100, 3)
+    message = rf"entropy run {run.digest} is missing: run its stage first"
     with pytest.raises(KelibError, match=message):
         run.read()
     with pytest.raises(KelibError, match=r"nothing.json cannot be read; delete that folder"):
@@ -317,7 +317,7 @@ def test_an_interrupt_ends_the_workers_and_drops_the_queue(study, start):
 
 def test_a_worker_that_the_system_kills_is_reported_with_its_run(made, study, monkeypatch):
     """What lack of memory does. The call ends, names the run, and the run resumes afterwards."""
-    run, other = study.pretrain_run(100), study.measure_run(100, 0)
+    run, other = study.pretrain_run(100), study.entropy_run(100, 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     killed = []
 

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+import transformers
+import zoo
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from kelib import scoring
 from kelib.errors import KelibError
-from kelib.scoring import Score, encode_request, score_continuations
+from kelib.requests import encode_request
+from kelib.scoring import Score, can_reuse_contexts, score_continuations
 
 PLAIN = ("olmo", "llama", "gpt_neox", "gpt2")
 SCALED = ("gemma2", "cohere", "granite")  # a cap or a scale stands between the head and the logits
 WINDOW = 32
+# of tests/zoo.py: a window that slides or a chunk that ends somewhere, so contexts are not reused
+WINDOWED = ("phi3", "gemma2", "gemma3", "mistral", "gpt_oss", "llama4")
+# of other kinds: recurrent states; biases by distance instead of positions
+OTHERS = {
+    "bloom": {"n_layer": 2, "hidden_size": 24, "n_head": 4},
+    "mamba": {"num_hidden_layers": 2, "hidden_size": 24, "state_size": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +40,7 @@ def requests(world):
 def reference(model, tokenizer, context, continuation):
     """Score from ``model(...).logits`` of the whole sequence, by the definition."""
     ids, target = encode_request(tokenizer, context, continuation)
-    if len(ids) == target:
-        ids = [tokenizer.eos_token_id, *ids]
-    cut = max(0, len(ids) - (WINDOW + 1))
+    cut = max(0, len(ids) - (getattr(model.config, "max_position_embeddings", 2048) + 1))
     ids = ids[cut:]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids[:-1]])).logits[0].double()
@@ -154,14 +167,6 @@ def test_a_trailing_space_of_the_context_moves_to_the_continuation(model_of, tok
     assert one == two
 
 
-def test_both_are_encoded_together(tokenizer):
-    """A word that goes on in the continuation is encoded as one word, not in two parts."""
-    whole = tokenizer("The birthplace of")["input_ids"]
-    ids, target = encode_request(tokenizer, "The birthpl", "ace of")
-    assert ids == whole
-    assert target == len(whole) - len(tokenizer("The birthpl")["input_ids"])
-
-
 def test_an_empty_context_is_the_end_of_text(model_of, tokenizer):
     model, text = model_of("olmo"), "The city"
     ids = tokenizer(text)["input_ids"]
@@ -176,8 +181,8 @@ def test_an_empty_context_is_the_end_of_text(model_of, tokenizer):
 
 def test_an_empty_context_needs_an_end_of_text_token(model_of, tokenizer):
     other = copy.deepcopy(tokenizer)
-    other.eos_token = None
-    said = "request 1: its context is empty and the tokenizer has no end-of-text token"
+    other.eos_token = other.bos_token = None
+    said = "request 1: its context is empty and the tokenizer has no begin-of-text or end-of-text"
     with pytest.raises(KelibError, match=said):
         score_continuations(model_of("olmo"), other, [("a", " b"), ("", "b")])
 
@@ -249,3 +254,264 @@ def test_no_trace_is_left_by_a_failure_either(model_of, tokenizer):
         score_continuations(model, tokenizer, [("a", " b")])
     assert model.training
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+# --- shared contexts ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of 97 words, one token each: the vocabulary of tests/zoo.py."""
+    names = ["unknown", "begin", "end", *(f"w{i}" for i in range(3, zoo.WORDS))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="begin", eos_token="end"
+    )
+
+
+def text_of(length, seed):
+    return " ".join(f"w{i}" for i in np.random.default_rng(seed).integers(3, zoo.WORDS, length))
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """Contexts of different lengths with continuations of 1 to 9 tokens; others shared too little
+    or not at all. In mixed order.
+    """
+    asked = [
+        (text_of(length, length), " " + text_of(more, 100 * length + more))
+        for length in (9, 20, 41, 10, 33)
+        for more in (5, 1, 9, 2)
+    ]
+    asked += [("w5 w6", " w7"), ("w5 w6", " w8 w9"), (text_of(30, 1), " w4 w4"), ("", "w9 w9 w9")]
+    return [asked[index] for index in np.random.default_rng(0).permutation(len(asked))]
+
+
+@contextmanager
+def passes(model):
+    """Shapes of the token ids of every forward pass within the scope."""
+    shapes = []
+
+    def note(_module, _inputs, named):
+        shapes.append(tuple(named["input_ids"].shape))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield shapes
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.MORE])
+def test_every_architecture_gives_its_own_logits_with_shared_contexts(name, words, questions):
+    model = zoo.build(name)
+    assert can_reuse_contexts(model) == (name not in WINDOWED)
+    with passes(model) as shapes:
+        found = score_continuations(model, words, questions, batch_size=3)
+    assert_equal(found, [reference(model, words, *request) for request in questions])
+    read = sum(rows * columns for rows, columns in shapes)
+    with passes(model) as shapes:
+        plain = score_continuations(model, words, questions, batch_size=3, reuse_contexts=False)
+    assert_equal(found, plain)
+    without = sum(rows * columns for rows, columns in shapes)
+    assert read == without if name in WINDOWED else read < 0.6 * without
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_takes_no_cache_or_positions_is_scored_the_plain_way(kind, words, questions):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=zoo.WORDS, **OTHERS[kind])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert not can_reuse_contexts(model)
+    found = score_continuations(model, words, questions)
+    assert_equal(found, [reference(model, words, *request) for request in questions])
+
+
+def test_frequencies_that_depend_on_the_length_are_not_reused():
+    rotary = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not can_reuse_contexts(zoo.build("llama", rope_parameters=rotary))
+
+
+def test_forward_functions_of_others_are_not_reused(words, questions):
+    """What another package does with a cache is not known: here it loses it."""
+
+    class Other(transformers.LlamaForCausalLM):
+        def forward(
+            self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, **_
+        ):
+            return super().forward(input_ids=input_ids, use_cache=False)
+
+    model = Other(zoo.build("llama").config).eval()
+    assert not can_reuse_contexts(model)
+    found = score_continuations(model, words, questions)
+    assert_equal(found, [reference(model, words, *request) for request in questions])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+@pytest.mark.parametrize("cached", [1, 45, 2**14])
+def test_batches_of_shared_contexts_do_not_matter(
+    words, questions, batch_size, cached, monkeypatch
+):
+    model = zoo.build("gpt_neox")
+    expected = score_continuations(model, words, questions, reuse_contexts=False)
+    monkeypatch.setattr(scoring, "CACHED_TOKENS", cached)
+    with passes(model) as shapes:
+        assert_equal(score_continuations(model, words, questions, batch_size), expected)
+    assert max(rows * columns for rows, columns in shapes) <= batch_size * 50
+    turned = score_continuations(model, words, questions[::-1], batch_size)
+    assert_equal(turned[::-1], expected)
+
+
+def test_a_shared_context_is_read_once(words):
+    """16 + 4 x 5 tokens instead of 4 x (16 + 5), less the last ones, which are never read."""
+    model = copy.deepcopy(zoo.build("olmo"))
+    choices = [" " + text_of(5, seed) for seed in range(4)]
+    contexts = [text_of(16, seed) for seed in range(10, 14)]
+    requests = [(context, choice) for context in contexts for choice in choices]
+    rows = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: rows.append(output.shape[0])
+    )
+    with passes(model) as shapes:
+        score_continuations(model, words, requests, batch_size=4)
+    assert shapes == [(4, 16), (12, 4), (4, 4)]  # short ones: three times the batch at once
+    assert rows == [4, 12 * 4, 4 * 4]  # a context predicts the first tokens of all its choices
+    with passes(model) as shapes:
+        score_continuations(model, words, requests, batch_size=4, reuse_contexts=False)
+    assert shapes == [(4, 20)] * 4
+
+
+def test_one_token_choices_take_one_pass_over_contexts(words):
+    model = zoo.build("gpt2")
+    requests = [(text_of(20, seed), f" w{token}") for seed in range(5) for token in (9, 8, 7)]
+    with passes(model) as shapes:
+        found = score_continuations(model, words, requests)
+    assert shapes == [(5, 20)]
+    assert_equal(found, [reference(model, words, *request) for request in requests])
+
+
+@pytest.mark.parametrize(("length", "choices", "shared"), [(7, 90, 0), (8, 16, 0), (8, 17, 1)])
+def test_contexts_are_shared_where_enough_tokens_are_saved(words, length, choices, shared):
+    model, context = zoo.build("llama"), text_of(length, 0)
+    requests = [(context, f" w{token % 90 + 3} w3") for token in range(choices)]
+    with passes(model) as shapes:
+        score_continuations(model, words, requests)
+    assert shapes == ([(1, length), (choices, 1)] if shared else [(choices, length + 1)])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_shared_contexts_are_cut_as_each_request_needs(name, words):
+    """A longer continuation leaves less room: what is shared is what is left of the context."""
+    model, context = zoo.build(name), text_of(70, 3)
+    tails = [f" w{token}" * more for more in (4, 9) for token in (5, 6, 7)] + [" w8", " w9" * 64]
+    requests = [(context, tail) for tail in tails]
+    with passes(model) as shapes:
+        found = score_continuations(model, words, requests)
+    assert_equal(found, [reference(model, words, *request) for request in requests])
+    assert [score.truncated for score in found] == [9] * 3 + [14] * 3 + [6, 69]
+    # the longest two by themselves, then two contexts and their three continuations each
+    assert shapes == [(2, 64), (2, 61), (6, 8)]
+
+
+def test_sharing_is_in_evaluation_mode_and_leaves_no_trace(words, questions):
+    model = copy.deepcopy(zoo.build("gpt2"))  # has dropout
+    expected = score_continuations(model, words, questions)
+    model.train()
+    assert score_continuations(model, words, questions) == expected
+    assert model.training
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+# --- lm-evaluation-harness ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """``harness(model, tokenizer, requests)``: (log-probability, greedy) as lm-eval finds them."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    def run(model, tokenizer, requests):
+        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu")
+        asked = [Instance("loglikelihood", {}, each, n) for n, each in enumerate(requests)]
+        return judge.loglikelihood(asked, disable_tqdm=True)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def varied(world, requests):
+    """Four-way questions on longer contexts, spaces, other scripts, no context, too long ones."""
+    passages = [passage for entry in world.once for passage in entry.passages]
+    texts = [" ".join(passage.split()[:9]) for passage in passages[:6]]
+    asked = [(text, tail) for text in texts for tail in (" the", " of a city", " in", ", a tailor")]
+    return [
+        *asked,
+        *requests[::5],
+        ("The city of ", "Zed"),
+        ("The city of \n", " Zed"),
+        ("Größe: ", "Übung 漢字 🙂"),
+        ("漢字", " é\u0301"),
+        ("", "Zed is"),
+        ("", " Zed is"),
+        (passages[0], " tailor"),
+        (passages[0], " of"),
+        (passages[0], " in the city of"),
+    ]
+
+
+def likely(model, tokenizer, requests):
+    """The most probable next token of each context, where it can be written."""
+    for context in dict.fromkeys(context for context, _ in requests[:24]):
+        ids = tokenizer(context)["input_ids"]
+        with torch.no_grad():
+            best = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        text = tokenizer.decode([best])
+        if encode_request(tokenizer, context, text) == ([*ids, best], 1):
+            yield context, text
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_scores_are_those_of_lm_eval(harness, model_of, tokenizer, varied, kind, reuse):
+    model = model_of(kind)
+    varied = [*varied, *likely(model, tokenizer, varied)]
+    expected = harness(model, tokenizer, varied)
+    with passes(model) as shapes:
+        found = score_continuations(model, tokenizer, varied, 4, reuse_contexts=reuse)
+    for score, (log_probability, greedy) in zip(found, expected, strict=True):
+        assert score.log_probability == pytest.approx(log_probability, abs=1e-4 * score.tokens)
+        assert score.is_greedy == greedy
+    assert any(score.is_greedy for score in found)
+    assert any(score.truncated for score in found)
+    with passes(model) as plain:
+        score_continuations(model, tokenizer, varied, 4, reuse_contexts=False)
+    assert (shapes != plain) == (reuse and kind != "gemma2")  # its window slides
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_begin_of_text_is_where_lm_eval_has_it(harness, model_of, starting, varied, kind):
+    model = model_of(kind)
+    requests = [*varied, ("<|endoftext|>The city", " is"), ("", "<|endoftext|>The city")]
+    expected = harness(model, starting, requests)
+    found = score_continuations(model, starting, requests)
+    for score, (log_probability, greedy) in zip(found, expected, strict=True):
+        assert score.log_probability == pytest.approx(log_probability, abs=1e-4 * score.tokens)
+        assert score.is_greedy == greedy
+
+
+@pytest.fixture(scope="module")
+def starting(tokenizer):
+    """The same tokenizer, but one that puts its begin-of-text token before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    other = copy.deepcopy(tokenizer)
+    token = other.bos_token
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, other.bos_token_id)]
+    )
+    assert other("The city")["input_ids"][0] == other.bos_token_id
+    return other

@@ -16,13 +16,12 @@ from kelib.entropy import shannon_entropy
 from kelib.errors import KelibError
 from kelib.metrics import knowledge_score
 from kelib.runs import count_states, execute, perform
-from kelib.study import (
+from kelib.study import Study, clean, peak_step
+from kelib.study_tables import (
     CHANCE,
-    Study,
-    checkpoint_tables,
-    clean,
+    checkpoints_table,
     continual_table,
-    peak_step,
+    entropy_tables,
     pretraining_table,
     save_coefficients,
 )
@@ -37,6 +36,7 @@ SMALL = {
     "continual.learning_rates": [6.0e-3],
     "interventions.factors": [1.0, 3.0],
 }
+MEASURED = {"corpus", "pretrain", "entropy", "evaluate"}
 IDENTITY = ["seed", "stage_step", "stage_label", "learning_rate", "cl_seed", "injected"]
 CHANGE = ["intervention", "ratio", "factor"]
 RESULTS = ["k", "p", "k_once", "k_paraphrase", "loss_general", "loss_domain", "entropy"]
@@ -53,10 +53,11 @@ class Finished:
             for seed in SEEDS:
                 perform(self.study.corpus_run(seed))
         self.study.run(self.study.measure_runs(), "measure")
-        self.entropy, self.checkpoints = checkpoint_tables(self.study)
-        self.continual = self.study.continual_runs(self.entropy)
-        self.interventions = self.study.intervention_runs()
-        self.study.run([*self.continual, *self.interventions], "continual learning")
+        self.tables = entropy_tables(self.study)
+        self.entropy, self.checkpoints = self.tables["entropy"], checkpoints_table(self.study)
+        self.continual = self.study.continual_grid(self.entropy)
+        self.interventions = self.study.intervention_grid()
+        self.study.run(self.runs, "continual learning")
         self.table = self.rows([*self.continual, *self.interventions])
 
     def rows(self, runs):
@@ -64,7 +65,8 @@ class Finished:
 
     @property
     def runs(self):
-        return [*self.study.measure_runs(), *self.continual, *self.interventions]
+        grid = [*self.continual, *self.interventions]
+        return [*self.study.measure_runs(), *self.study.intervene_runs(), *(r for _, r in grid)]
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +82,7 @@ def test_entropy_has_a_row_per_seed_checkpoint_and_layer(finished):
     assert list(table.columns) == ["seed", "step", "layer", "entropy_nats", "bound_nats"]
     keys = [(s, c, layer) for s in SEEDS for c in CHECKPOINTS for layer in range(LAYERS)]
     assert list(table[["seed", "step", "layer"]].itertuples(index=False, name=None)) == keys
-    assert (table["bound_nats"] == math.log(64)).all()
+    assert np.allclose(table["bound_nats"], math.log(64), rtol=1e-14)
     assert table["entropy_nats"].between(0, math.log(64)).all()
     untrained = table[table["step"] == 0]["entropy_nats"]
     assert (untrained > 0.95 * math.log(64)).all()  # near the bound by construction
@@ -96,7 +98,6 @@ def test_checkpoints_have_a_row_per_seed_and_step(finished):
     assert (table["tokens"] == table["step"] * 16 * 64).all()
     assert (table["share"] == table["step"] / STEPS).all()
     assert (table["tokens_per_parameter"] == table["tokens"] / table["parameters"]).all()
-    assert (table["bound_nats"] == 2 * math.log(64)).all()
     assert (table["k"] < 0).all() and table["p"].between(0, 1).all()
     losses = table.pivot(index="seed", columns="step", values="loss_general")
     assert np.allclose(losses[0], math.log(512), atol=0.3)  # an untrained model knows nothing
@@ -104,7 +105,7 @@ def test_checkpoints_have_a_row_per_seed_and_step(finished):
 
 
 def test_k_of_a_checkpoint_is_that_of_its_probes(finished):
-    run = finished.study.measure_run(101, 40)
+    run = finished.study.evaluate_run(101, 40)
     probes = pd.read_csv(run.folder / "probes.csv")
     row = finished.checkpoints.query("seed == 101 and step == 40").iloc[0]
     assert knowledge_score(probes) == pytest.approx(row["k"], abs=1e-5)
@@ -128,8 +129,9 @@ def test_coefficient_files_give_the_entropies_of_the_table(finished):
 
 def test_the_loss_along_pretraining(finished):
     table = pretraining_table(finished.study, every=15)
-    assert list(table.columns) == ["seed", "step", "loss"]
-    assert table[["seed", "step"]].to_numpy().tolist() == [[s, e] for s in SEEDS for e in (15, 30)]
+    assert list(table.columns) == ["model", "seed", "step", "loss"]
+    places = [[m, s, e] for m in ("olmo", "gpt_neox") for s in SEEDS for e in (15, 30)]
+    assert table[["model", "seed", "step"]].to_numpy().tolist() == places
     losses = finished.study.pretrain_run(100).read("losses.json")
     assert len(losses) == STEPS
     assert table["loss"][1] == pytest.approx(np.mean(losses[15:30]))
@@ -163,7 +165,7 @@ def test_before_is_the_checkpoint_and_after_is_the_run(finished):
     checkpoints = finished.checkpoints.set_index(["seed", "step"])
     totals = finished.entropy.groupby(["seed", "step"])["entropy_nats"].sum()
     by_key = {}
-    for run in (*finished.continual, *finished.interventions):
+    for _, run in (*finished.continual, *finished.interventions):
         s = run.settings
         factor = (s["intervention"] or {}).get("factor", 0.0)
         by_key[s["seed"], s["step"], s["injected"], factor] = run.read()
@@ -173,9 +175,9 @@ def test_before_is_the_checkpoint_and_after_is_the_run(finished):
         result = by_key[(*start, row["injected"], factor)]
         for name in set(RESULTS) - {"entropy"}:
             assert row[f"{name}_pt"] == checkpoints.loc[start, name]
-            assert row[f"{name}_cl"] == result["after"][name]
+            assert row[f"{name}_cl"] == result[name]
         assert row["entropy_pt"] == totals[start]
-        assert row["entropy_cl"] == pytest.approx(sum(result["after"]["entropy_nats"]))
+        assert row["entropy_cl"] == result["entropy"]
         assert row["tokens_per_parameter"] == checkpoints.loc[start, "tokens_per_parameter"]
 
 
@@ -220,7 +222,7 @@ def test_the_order_of_runs_does_not_matter(finished):
 def test_a_second_call_does_nothing(finished):
     files = {path: path.stat().st_mtime_ns for path in finished.study.data.rglob("*")}
     outcome = execute(finished.runs, workers=1)
-    distinct = len({run.digest for run in finished.runs}) + 2 * len(SEEDS)  # corpus, pretraining
+    distinct = len({run.digest for run in finished.runs}) + 3 * len(SEEDS)  # corpus, two models
     assert (outcome.done, outcome.skipped, outcome.seconds) == (0, distinct, 0)
     finished.study.run(finished.runs, "again")
     assert {p: p.stat().st_mtime_ns for p in finished.study.data.rglob("*")} == files
@@ -234,14 +236,16 @@ def test_nothing_half_done_or_temporary_is_left(finished):
 
 def test_a_table_of_unfinished_runs_is_refused(finished, tmp_path):
     elsewhere = Study(finished.study.profile, tmp_path)
-    with pytest.raises(KelibError, match=r"measure run \w+ is missing: run its stage first"):
-        checkpoint_tables(elsewhere)
+    with pytest.raises(KelibError, match=r"entropy run \w+ is missing: run its stage first"):
+        entropy_tables(elsewhere)
+    with pytest.raises(KelibError, match=r"evaluate run \w+ is missing"):
+        checkpoints_table(elsewhere)
     with pytest.raises(KelibError, match=r"pretrain run \w+ is missing"):
         pretraining_table(elsewhere)
     with pytest.raises(KelibError, match=r"continual run \w+ is missing"):
         continual_table(
             elsewhere,
-            elsewhere.continual_runs(finished.entropy),
+            elsewhere.continual_grid(finished.entropy),
             finished.checkpoints,
             finished.entropy,
         )
@@ -347,7 +351,7 @@ def test_a_seed_without_measurements_is_refused():
 
 
 def digests(study, entropy):
-    return {run.digest for run in (*study.continual_runs(entropy), *study.intervention_runs())}
+    return {run.digest for _, run in (*study.continual_grid(entropy), *study.intervention_grid())}
 
 
 @pytest.fixture
@@ -358,15 +362,15 @@ def entropy():
 
 def test_the_grid_is_complete_and_has_no_run_twice(entropy, tmp_path):
     study = Study(load_profile("smoke"), tmp_path)
-    runs = study.continual_runs(entropy)
+    runs = [run for _, run in study.continual_grid(entropy)]
     assert len(runs) == 2 * 2 * 2 * 2 * 2  # rates, CL seeds, with and without, seeds, stages 30, 60
-    woken = study.intervention_runs()
+    woken = [run for _, run in study.intervention_grid()]
     assert len(woken) == 1 * 2 * 1 * 4 * 2  # rates, CL seeds, p, q, seeds
     assert len(digests(study, entropy)) == len(runs) + len(woken)
     assert {run.settings["step"] for run in runs} == {30, 60}
     assert {run.settings["step"] for run in woken} == {60}
-    assert all(set(run.inputs) == {"corpus", "pretrain", "measure"} for run in woken)
-    assert len(study.measure_runs()) == 2 * 9
+    assert all(set(run.inputs) == {"corpus", "pretrain", "entropy"} for run in woken)
+    assert len(study.measure_runs()) == 3 * 2 * 9  # entropies of two models, knowledge of one
 
 
 @pytest.mark.parametrize(
@@ -389,10 +393,12 @@ def test_a_longer_list_only_adds_runs(entropy, tmp_path, key, less):
 @pytest.mark.parametrize(
     ("key", "value", "kept"),
     [
-        ("workers", 1, {"corpus", "pretrain", "measure", "continual"}),
-        ("continual.optimizer.weight_decay", 0.2, {"corpus", "pretrain", "measure"}),
-        ("continual.injections", 5, {"corpus", "pretrain", "measure"}),
-        ("interventions.ratios", [0.9], {"corpus", "pretrain", "measure", "continual"}),
+        ("workers", 1, {*MEASURED, "continual"}),
+        ("continual.optimizer.weight_decay", 0.2, MEASURED),
+        ("continual.injections", 5, MEASURED),
+        ("interventions.ratios", [0.9], {*MEASURED, "continual"}),
+        ("training.precision", "bf16", {"corpus"}),
+        ("comparison.hidden_size", 64, {*MEASURED, "continual"}),
         ("pretraining.learning_rate", 1.0e-3, {"corpus"}),
         ("pretraining.optimizer.clip", 2.0, {"corpus"}),
         ("model.hidden_size", 64, {"corpus"}),
@@ -406,7 +412,8 @@ def test_a_setting_concerns_only_what_rests_on_it(tmp_path, key, value, kept):
         return {
             "corpus": study.corpus_run(100).digest,
             "pretrain": study.pretrain_run(100).digest,
-            "measure": study.measure_run(100, 60).digest,
+            "entropy": study.entropy_run(100, 60).digest,
+            "evaluate": study.evaluate_run(100, 60).digest,
             "continual": study.continual_run(100, 60, 6e-3, 0).digest,
         }
 
@@ -416,7 +423,8 @@ def test_a_setting_concerns_only_what_rests_on_it(tmp_path, key, value, kept):
 
 def test_settings_of_runs_can_be_written(entropy, tmp_path):
     study = Study(load_profile("smoke"), tmp_path)
-    for run in (*study.measure_runs(), *study.continual_runs(entropy), *study.intervention_runs()):
+    grid = (*study.continual_grid(entropy), *study.intervention_grid())
+    for run in (*study.measure_runs(), *study.intervene_runs(), *(run for _, run in grid)):
         settings = dict(run.settings)
         assert json.loads(json.dumps(settings)) == settings
 
@@ -429,7 +437,7 @@ def test_profiles_share_no_folder_and_cleaning_touches_one_only(tmp_path):
     for name in ("smoke", "small"):
         study = Study(load_profile(name), tmp_path)
         seed = study.profile.seeds[0]
-        runs = [study.corpus_run(seed), study.pretrain_run(seed), study.measure_run(seed, 0)]
+        runs = [study.corpus_run(seed), study.pretrain_run(seed), study.entropy_run(seed, 0)]
         runs.append(study.continual_run(seed, 1, 1e-3, 0))
         folders[name] = {run.home for run in runs} | {study.measurements}
         for folder in folders[name]:

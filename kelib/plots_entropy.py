@@ -1,0 +1,341 @@
+"""Figures of entropies along pretraining: table and Axes in, Axes out, as in ``kelib.plots``.
+
+Pretraining seeds are the unit throughout: a thin line each, their mean thick, and a 95 % t interval
+over them where there are at least two. The first functions prepare tables for the drawing ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kelib.metrics import correlations
+from kelib.plots import COLOURS, MARKERS, bounds, summarise
+
+Stages = Mapping[int, Mapping[str, int]]  # seed -> label -> step, as Study.stages gives them
+
+
+def over_seeds(table: pd.DataFrame, value: str, by: list[str]) -> pd.DataFrame:
+    """Mean of ``value`` and 95 % t interval over pretraining seeds (columns as of ``summarise``).
+
+    With one seed the bounds are NaN: it says nothing about others.
+    """
+    return summarise(table, value, by).assign(unit="pretraining seeds")
+
+
+def stage_changes(table: pd.DataFrame, value: str, by: list[str], stages: Stages) -> pd.DataFrame:
+    """``value`` at the first and at the last stage of each seed and their difference.
+
+    Columns ``by``, seed, first, last, change (last minus first). ``table`` has the columns ``by``,
+    seed, step and ``value``, one row each.
+    """
+    rows = []
+    group: Any  # keys of groups have no types of their own
+    for group, part in table.groupby([*by, "seed"], observed=True, sort=False):
+        steps = stages[group[-1]].values()
+        line = part.set_index("step")[value]
+        first, last = float(line[min(steps)]), float(line[max(steps)])
+        rows.append((*group, first, last, last - first))
+    return pd.DataFrame(rows, columns=[*by, "seed", "first", "last", "change"])
+
+
+def change_words(changes: pd.DataFrame, unit: str, decimals: int = 3, scale: float = 1) -> str:
+    """Changes of one quantity (column change, a row a seed) in words, with how many seeds fall."""
+    change = changes["change"] * scale
+    summary = over_seeds(changes.assign(change=change, all=0), "change", ["all"]).iloc[0]
+    words = f"falls in {(change < 0).sum()} of {len(change)} seed(s), mean change "
+    words += f"{summary['mean']:+.{decimals}f} {unit}"
+    if len(change) == 1:
+        return words
+    return f"{words} {bounds(summary['low'], summary['high'], decimals)}"
+
+
+def change_table(
+    changes: pd.DataFrame, by: str, names: Mapping[Any, str], decimals: int = 3, scale: float = 1
+) -> pd.DataFrame:
+    """A row for each name of ``by``: means at both stages, their change with its interval, and in
+    how many seeds it falls.
+    """
+    rows = []
+    for key, name in names.items():
+        part = changes[changes[by] == key]
+        change = over_seeds(part, "change", [by]).iloc[0]
+        row = {"": name, "n": len(part)}
+        row |= {"first": scale * part["first"].mean(), "last": scale * part["last"].mean()}
+        row |= {"change": scale * change["mean"]}
+        row["95 % t"] = bounds(scale * change["low"], scale * change["high"], decimals)
+        rows.append(row | {"falls": f"{(part['change'] < 0).sum()} of {len(part)}"})
+    return pd.DataFrame(rows).round(decimals)
+
+
+def rank_correlations(table: pd.DataFrame, x: str, y: list[str], peaks: Any) -> pd.DataFrame:
+    """Spearman's correlation of ``x`` with every column of ``y`` over the checkpoints of each seed.
+
+    Columns seed, phase ("all" checkpoints, or those "after" the peak, it included), y, n, spearman.
+    Descriptive: the checkpoints of one run are no independent sample. NaN for fewer than three
+    checkpoints and where a column does not vary.
+    """
+    found = []
+    for seed, part in table.groupby("seed"):
+        for phase, rows in (("all", part), ("after", part[part["step"] >= peaks[seed]])):
+            found.append(correlations(rows, [x], y).assign(seed=seed, phase=phase))
+    return pd.concat(found)[["seed", "phase", "y", "n", "spearman"]].reset_index(drop=True)
+
+
+def marks_table(peaks: Mapping[int, int], stages: Stages) -> pd.DataFrame:
+    """Steps of the peak and of the stages, a row for each seed."""
+    rows = []
+    for seed, peak in peaks.items():
+        steps = ", ".join(f"{step} ({label})" for label, step in stages[seed].items())
+        rows.append({"seed": seed, "peak": peak, "stages": steps})
+    return pd.DataFrame(rows)
+
+
+def interval_words(n: int) -> str:
+    """What brackets behind a mean over ``n`` pretraining seeds are."""
+    return f"95 % t interval over n = {n} pretraining seeds" if n > 1 else "one pretraining seed"
+
+
+def seeds_note(n: int) -> str:
+    """What thin and thick lines and bands of :func:`along_pretraining` are, for ``n`` seeds."""
+    if n < 2:
+        return "one pretraining seed (n = 1): no interval over seeds"
+    note = f"thin: a pretraining seed each; thick: their mean; 95 % t interval over n = {n} seeds"
+    # t is 12.7 for two seeds, 4.3 for three
+    return note if n > 3 else f"{note} (wide with so few; bands are cut at the axes)"
+
+
+def note_below(figure: Figure, *lines: str) -> None:
+    """Lines of small print under all panels: what intervals are, what the paper reports."""
+    figure.supxlabel("\n".join(lines), fontsize=8, color="0.25")
+
+
+def mark_peaks(ax: Axes, peaks: Mapping[int, int], name: str = "") -> None:
+    """The entropy peak (of ``name``): a dashed line, or from the earliest to the latest seed a grey
+    span.
+    """
+    low, high = min(peaks.values()), max(peaks.values())
+    if low == high:
+        ax.axvline(low, color="0.5", lw=0.8, ls="--")
+    else:
+        ax.axvspan(low, high, color="0.93", zorder=0)
+    ax.annotate(
+        f"{name} peak, step {low}" if low == high else f"{name} peaks, steps {low} to {high}",
+        (low, 0.03),
+        xycoords=ax.get_xaxis_transform(),
+        xytext=(-3, 0),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=7,
+        color="0.3",
+        rotation=90,
+    )
+
+
+def label_ends(ax: Axes, ends: Mapping[str, tuple[float, str]], gap: float = 0.085) -> None:
+    """Names of lines at the right of the axes, at the height of their ends, pushed apart if need
+    be.
+
+    ``ends`` maps a name to (y in data units, colour); ``gap`` is the least distance as a share of
+    the height. To be called when the limits are final.
+    """
+    to_axes = ax.transScale + ax.transLimits
+    height = {name: float(to_axes.transform((1, y))[1]) for name, (y, _) in ends.items()}
+    placed: list[float] = []
+    for name in sorted(height, key=lambda name: height[name]):
+        placed.append(max(height[name], placed[-1] + gap) if placed else height[name])
+    above = max(0.0, placed[-1] - 1) if placed else 0.0  # a full column moves down as one
+    for name, y in zip(sorted(height, key=lambda name: height[name]), placed, strict=True):
+        place: dict[str, Any] = {"transform": ax.transAxes, "va": "center", "fontsize": 7.5}
+        ax.text(1.02, y - above, name, color=ends[name][1], **place)
+
+
+def along_pretraining(
+    table: pd.DataFrame,
+    ax: Axes,
+    value: str,
+    ylabel: str,
+    by: str,
+    names: Mapping[Any, str],
+    peaks: Mapping[int, int] | None = None,
+    stages: Stages | None = None,
+    bound: tuple[float, str] | None = None,
+) -> Axes:
+    """``value`` against the step (symlog), a colour for each key of ``names`` in column ``by``.
+
+    ``table`` has columns seed, step, ``by``, ``value``. Limits follow the seeds, so that a wide
+    band is cut. Where given, ``peaks`` (seed -> step) are marked, the stages get diamonds on the
+    mean, and ``bound`` (value, name) a dotted line. Lines are named at their ends if there are
+    several.
+    """
+    marked = sorted({step for of_seed in (stages or {}).values() for step in of_seed.values()})
+    wanted = table[table[by].isin(list(names))]
+    ends: dict[str, tuple[float, str]] = {}
+    for index, (key, name) in enumerate(names.items()):
+        colour, part = COLOURS[index % 7], wanted[wanted[by] == key]
+        if part["seed"].nunique() > 1:
+            for _, line in part.groupby("seed"):
+                ax.plot(line["step"], line[value], color=colour, lw=0.6, alpha=0.6, label="_seed")
+        mean = over_seeds(part, value, ["step"])
+        style: dict[str, Any] = {"marker": MARKERS[index % 7], "ms": 3, "lw": 1.6}
+        ax.plot(mean["step"], mean["mean"], color=colour, label=name, **style)
+        ax.fill_between(mean["step"], mean["low"], mean["high"], color=colour, alpha=0.15, lw=0)
+        at = mean.set_index("step")["mean"].reindex(marked)
+        ax.plot(at.index, at, "D", mfc="none", mec="black", ms=7, mew=0.9, label="_stages")
+        ends[name] = (float(mean["mean"].iloc[-1]), colour)
+    low, high = wanted[value].min(), wanted[value].max()
+    if bound is not None:
+        high = max(high, bound[0])
+        ax.axhline(bound[0], color="0.5", lw=0.8, ls=":")
+        small: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": "0.4"}
+        ax.annotate(bound[1], (0, bound[0]), xytext=(2, 3), **small)
+    margin = 0.08 * (high - low) or 0.5
+    ax.set_ylim(low - margin, high + margin)
+    ax.set_xscale("symlog", linthresh=1)
+    if peaks is not None:
+        mark_peaks(ax, peaks)
+    ax.set_xlabel("pretraining step (symlog)")
+    ax.set_ylabel(ylabel)
+    if len(names) > 1:
+        label_ends(ax, ends)
+    return ax
+
+
+def stage_change_dots(
+    changes: pd.DataFrame,
+    ax: Axes,
+    by: str,
+    names: Mapping[Any, str],
+    xlabel: str,
+    scale: float = 1,
+) -> Axes:
+    """Last minus first stage: a small ring for each seed, the mean with its interval over seeds.
+
+    ``changes`` comes from :func:`stage_changes`; rows follow ``names`` from the top. At the right:
+    in how many seeds the quantity falls.
+    """
+    for index, key in enumerate(names):
+        part, y = changes[changes[by] == key], len(names) - 1 - index
+        mean = over_seeds(part, "change", [by]).iloc[0]
+        colour, marker = COLOURS[index % 7], MARKERS[index % 7]
+        if len(part) > 1:
+            ax.plot(part["change"] * scale, [y - 0.22] * len(part), "o", mfc="none", mec=colour)
+        if not np.isnan(mean["low"]):
+            ax.plot([mean["low"] * scale, mean["high"] * scale], [y, y], color=colour, lw=1.5)
+        ax.plot(mean["mean"] * scale, y, marker, color=colour)
+        text = f"falls in\n{(part['change'] < 0).sum()} of {len(part)}"
+        place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
+        ax.text(1.02, y, text, fontsize=7, color=colour, **place)
+    ax.axvline(0, color="0.5", lw=0.8)
+    ax.set_yticks(range(len(names))[::-1], list(names.values()))
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.set_xlabel(xlabel)
+    return ax
+
+
+def layers_at_stages(table: pd.DataFrame, ax: Axes, ylabel: str, scale: float = 1) -> Axes:
+    """A quantity of each layer, one line a stage with its interval over seeds, side by side.
+
+    ``table`` has columns stage (an ordered category or in order), seed, layer and value.
+    """
+    order = list(dict.fromkeys(table["stage"]))
+    for index, stage in enumerate(order):
+        part = over_seeds(table[table["stage"] == stage], "value", ["layer"])
+        values = part[["mean", "low", "high"]].to_numpy() * scale
+        errors = np.nan_to_num(np.abs(values[:, 1:].T - values[:, 0]))
+        style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+        # a little apart, so that intervals do not hide each other
+        x = part["layer"] + 1 + 0.06 * (index - (len(order) - 1) / 2)
+        style |= {"lw": 1.2, "capsize": 2}
+        ax.errorbar(x, values[:, 0], yerr=errors, label=str(stage), **style)
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    ax.set_xlabel("layer")
+    ax.set_ylabel(ylabel)
+    return ax
+
+
+def sample_sizes(
+    table: pd.DataFrame,
+    ax: Axes,
+    value: str,
+    ylabel: str,
+    level: float,
+    marks: Mapping[int, str],
+) -> Axes:
+    """``value`` (nats, above 0) against the number of sequences, logarithmic, a colour a stage.
+
+    ``table`` has columns stage, seed, sequences, ``value``; what is not above 0 has no place on a
+    logarithmic axis and is left out. ``level`` (nats) is drawn for comparison, ``marks`` names
+    numbers of sequences.
+    """
+    shown = table[table[value] > 0]
+    for index, stage in enumerate(dict.fromkeys(table["stage"])):
+        part, colour = shown[shown["stage"] == stage], COLOURS[index % 7]
+        if part["seed"].nunique() > 1:
+            for _, line in part.groupby("seed"):
+                ax.plot(line["sequences"], line[value], color=colour, lw=0.6, alpha=0.6)
+        mean = part.groupby("sequences")[value].mean()
+        style: dict[str, Any] = {"marker": MARKERS[index % 7], "ms": 4, "lw": 1.6}
+        ax.plot(mean.index, mean, color=colour, label=str(stage), **style)
+    ax.axhline(level, color="0.35", lw=0.9, ls="--")
+    for sequences, name in marks.items():
+        ax.axvline(sequences, color="0.8", lw=0.9, zorder=0)
+        ax.annotate(
+            name, (sequences, 1), xycoords=ax.get_xaxis_transform(), fontsize=7, ha="center"
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel("sequences in the data set")
+    ax.set_ylabel(ylabel)
+    return ax
+
+
+def stage_differences(table: pd.DataFrame, ax: Axes, ylabel: str) -> Axes:
+    """The difference between two stages as data sets of each size give it, a line a seed.
+
+    ``table`` has columns seed, sequences, difference and deviation (nats); bars are one deviation
+    to either side and miss where it is NaN.
+    """
+    for index, (seed, line) in enumerate(table.groupby("seed")):
+        style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+        x = line["sequences"] * 1.04**index  # a little apart, so that bars do not hide each other
+        bars = np.nan_to_num(line["deviation"])
+        style |= {"ms": 4, "lw": 1.0, "capsize": 2, "label": f"seed {seed}"}
+        ax.errorbar(x, line["difference"], yerr=bars, **style)
+    ax.axhline(0, color="0.5", lw=0.8)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel("sequences in the data set")
+    ax.set_ylabel(ylabel)
+    return ax
+
+
+def correlation_dots(table: pd.DataFrame, ax: Axes, names: Mapping[str, str]) -> Axes:
+    """Rank correlations with entropy: filled over all checkpoints, open from the peak on, a point
+    for each seed.
+
+    ``table`` comes from :func:`rank_correlations`; ``names`` maps its ``y`` to labels, from the
+    top.
+    """
+    looks: dict[str, dict[str, Any]] = {
+        "all": {"color": COLOURS[0], "marker": "o", "label": "all checkpoints"},
+        "after": {"color": COLOURS[3], "marker": "s", "mfc": "none", "label": "from the peak on"},
+    }
+    for offset, (phase, look) in zip((0.15, -0.15), looks.items(), strict=True):
+        part = table[table["phase"] == phase]
+        y = [len(names) - 1 - list(names).index(str(name)) + offset for name in part["y"]]
+        ax.plot(part["spearman"], y, ls="", ms=4, alpha=0.8, **look)
+    ax.axvline(0, color="0.5", lw=0.8)
+    ax.set_xlim(-1.08, 1.08)
+    ax.set_yticks(range(len(names))[::-1], list(names.values()))
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.set_xlabel("rank correlation with entropy")
+    return ax

@@ -1,0 +1,241 @@
+"""A model that others trained, measured on real text: profile, grid of runs and tables. No torch.
+
+A published profile names one model (a row of ``data/models.yaml``, or ``generated:TYPE``, a tiny
+untrained one for trying out) and texts. On each text all entropies are measured in one pass: the
+knowledge entropy in every definition of a coefficient, attention and next-token entropy, with
+jackknife errors, and how the estimate depends on the number of sequences. Its file in
+``notebooks/params`` has the key ``published`` where a study has ``profile``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kelib import archives
+from kelib.config import repository_root
+from kelib.errors import KelibError, listing
+from kelib.jackknife import BLOCKS
+from kelib.results import Tables, open_tables
+from kelib.runs import Run, execute
+from kelib.schema import build, digest, field_names, read_yaml, require
+from kelib.tables import library_digest, provenance, read_table, write_table
+
+DEFINITIONS = ("absolute", "relu", "contribution")  # of kelib.accumulation, which imports torch
+TABLES = ("entropy", "totals", "convergence", "texts")
+GENERATED = "generated:"
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """``source``: a row of ``data/models.yaml``, or ``generated:TYPE``, an untrained model of that
+    type of transformers. ``separator``: the token that follows each document; None is the
+    tokenizer's end-of-text token, which in chat models ends a turn rather than a document."""
+
+    source: str
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishedProfile:
+    """Everything the measurement of one published model needs."""
+
+    published: str  # the name of the profile
+    workers: int  # local processes, one thread each
+    seed: int  # of the order of documents and the choice of sequences
+    model: PublishedModel
+    data: tuple[str, ...]  # sources as in a study: names, generated:NAME, files or folders
+    sequences: int  # |D| of each text
+    sequence_length: int  # tokens
+    batch_size: int  # sequences
+    definitions: tuple[str, ...]  # of a memory coefficient
+    loss_sequences: int  # the first so many also give the cross-entropy
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "batch_size", "loss_sequences"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(self.sequence_length >= 8, "sequence_length", self.sequence_length, "at least 8")
+        whole = self.sequences > 0 and self.sequences % BLOCKS == 0
+        require(whole, "sequences", self.sequences, f"a multiple of {BLOCKS}, the jackknife blocks")
+        require(
+            self.loss_sequences <= self.sequences,
+            "loss_sequences",
+            self.loss_sequences,
+            f"at most sequences, {self.sequences}",
+        )
+        for name in ("data", "definitions"):
+            values = getattr(self, name)
+            distinct = len(values) > 0 and len(set(values)) == len(values)
+            require(distinct, name, values, "a list of distinct values, not empty")
+        for name in self.definitions:
+            require(name in DEFINITIONS, "definitions", name, f"among {listing(DEFINITIONS)}")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All that can change a number, as JSON values, with the name under ``profile`` too."""
+        plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(self, workers=1))))
+        return {"profile": self.published, **plain}
+
+    @property
+    def digest(self) -> str:
+        """Digest of the parameters alone: no versions, no commit, not the number of workers."""
+        return digest(self.parameters)
+
+
+def published_profiles() -> list[str]:
+    """Names of the published profiles: YAML files of ``notebooks/params`` with that key."""
+    return sorted(
+        path.stem
+        for path in (repository_root() / "notebooks" / "params").glob("*.yaml")
+        if any(line.startswith("published:") for line in path.read_text("utf-8").splitlines())
+    )
+
+
+def load_published(name: str, overrides: Mapping[str, Any] | None = None) -> PublishedProfile:
+    """Read ``notebooks/params/<name>.yaml``; ``overrides`` are dotted keys, as ``{"sequences":
+    64}``. Raises KelibError for an unknown name, key or value.
+    """
+    if name not in published_profiles():
+        raise KelibError(
+            f"unknown published profile {name!r}: notebooks/params has "
+            f"{listing(published_profiles())}"
+        )
+    values = read_yaml(repository_root() / "notebooks" / "params" / f"{name}.yaml")
+    profile = published_from(values, overrides)
+    if profile.published != name:
+        raise KelibError(f"{name}.yaml calls itself {profile.published!r}; it must be {name!r}")
+    return profile
+
+
+def published_from(values: Any, overrides: Mapping[str, Any] | None = None) -> PublishedProfile:
+    """Build a published profile from nested mappings and dotted ``overrides``."""
+    fields = listing(field_names(PublishedProfile))
+    if not isinstance(values, Mapping):
+        raise KelibError(f"a published profile must be a mapping with {fields}")
+    nested = copy.deepcopy(dict(values))
+    nested.pop("profile", None)  # parameters of a table, read back
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.rpartition(".")
+        place = nested.get(section) if section else nested
+        if not isinstance(place, dict):
+            raise KelibError(f"unknown key {dotted}: valid keys are {fields}")
+        place[key] = copy.deepcopy(value)
+    return build(PublishedProfile, nested)
+
+
+@dataclass(frozen=True)
+class PublishedStudy:
+    """A published profile and the folder its data goes to."""
+
+    profile: PublishedProfile
+    data: Path
+
+    @property
+    def measurements(self) -> Path:
+        return self.data / "measurements" / self.profile.published
+
+    def model_run(self) -> Run:
+        """Fetch the model and keep it as safetensors, once."""
+        source = self.profile.model.source
+        row = None
+        if not source.startswith(GENERATED):
+            row = json.loads(json.dumps(dataclasses.asdict(archives.model_archive(source))))
+        settings: dict[str, Any] = {"source": source, "archive": row}
+        if row is None:
+            settings["sequence_length"] = self.profile.sequence_length
+        home = self.data / "checkpoints" / self.profile.published
+        return Run("import_model", home, settings, files={"sources": self.data / "sources"})
+
+    def measure_run(self, name: str) -> Run:
+        """All entropies of the model on one text."""
+        settings = {k: v for k, v in self.profile.parameters.items() if k not in _NOT_OF_A_RUN}
+        settings |= {"data": name, "separator": self.profile.model.separator}
+        home, sources = self.measurements / "published", {"sources": self.data / "sources"}
+        return Run("published", home, settings, {"model": self.model_run()}, sources)
+
+    def runs(self) -> list[Run]:
+        return [self.measure_run(name) for name in self.profile.data]
+
+
+_NOT_OF_A_RUN = ("profile", "published", "workers", "model", "data")
+
+
+def open_published(
+    name: str, overrides: Mapping[str, Any] | None = None, scratch: bool = False
+) -> PublishedStudy:
+    """A published profile whose data goes to ``data/``, or with ``scratch`` to a temporary folder,
+    the same for the same code and parameters.
+    """
+    profile = load_published(name, overrides)
+    data = repository_root() / "data"
+    if scratch:
+        folder = f"kelib-scratch-{library_digest()}-{profile.digest}"
+        data = Path(tempfile.gettempdir()) / folder
+    return PublishedStudy(profile, data)
+
+
+def measure_published(study: PublishedStudy) -> dict[str, pd.DataFrame]:
+    """Do the missing runs and write the tables of :data:`TABLES`, which are returned.
+
+    ``entropy``: data, kind (knowledge, attention: mean over heads, next_token), coefficient, layer,
+    entropy_nats, standard_error, bound_nats, sequences. ``totals``: the same summed over layers.
+    ``convergence``: data, coefficient, sequences, groups, mean, deviation, see
+    :func:`kelib.convergence.convergence`. ``texts``: data, documents the sequences were drawn from,
+    sequences, tokens, loss_nats (cross-entropy of the first loss_sequences), parameters.
+    """
+    runs = study.runs()
+    execute(runs, study.profile.workers, "published model")
+    made = [study.model_run(), *runs]
+    inputs = {run.settings.get("data", "model"): run.digest for run in made}
+    note = provenance(study.profile.parameters, [study.profile.seed], inputs)
+    note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in made), 1)
+    note["runs"] = len(made)
+    tables = {}
+    for name in TABLES:
+        parts = []
+        for run in runs:
+            part = run.read_table(f"{name}.csv")
+            part.insert(0, "data", run.settings["data"])
+            parts.append(part)
+        path = study.measurements / f"{name}.csv"
+        write_table(pd.concat(parts, ignore_index=True), path, note)
+        tables[name] = read_table(path)
+    return tables
+
+
+class PublishedTables(Tables):
+    """Tables of a published profile, opened for drawing."""
+
+    @property
+    def label(self) -> str:
+        """Profile, model and texts, as figures show them."""
+        chosen = self.published
+        return f"profile {self.name} · {self.title} · seed {chosen.seed}"
+
+    @property
+    def published(self) -> PublishedProfile:
+        """What the tables were made with, read from their provenance."""
+        return published_from(self.parameters)
+
+    @property
+    def title(self) -> str:
+        """The name of the model."""
+        source = self.published.model.source
+        return source if source.startswith(GENERATED) else archives.model_archive(source).title
+
+
+def open_published_tables(name: str, source: str = "reference") -> PublishedTables:
+    """As :func:`kelib.results.open_tables`, for a published profile."""
+    found = open_tables(name, source)
+    return PublishedTables(
+        **{field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    )

@@ -1,0 +1,150 @@
+"""From finished runs to tidy tables. No model is loaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from kelib.metrics import acquisition, forgetting, forgetting_over_chance
+from kelib.runs import Run
+from kelib.study import Study
+from kelib.tables import stack_coefficients
+
+CHANCE = 0.25
+
+
+def pretraining_table(study: Study, every: int = 25) -> pd.DataFrame:
+    """Training loss (nats per token, mean of ``every`` steps) along pretraining, per model and
+    seed."""
+    rows = []
+    for model in study.models:
+        for seed in study.profile.seeds:
+            losses = np.array(study.pretrain_run(seed, model).read("losses.json"))
+            for end in range(every, len(losses) + 1, every):
+                rows.append((model, seed, end, losses[end - every : end].mean()))
+    return pd.DataFrame(rows, columns=["model", "seed", "step", "loss"])
+
+
+def entropy_tables(study: Study) -> dict[str, pd.DataFrame]:
+    """Tables by name, gathered from the runs of every checkpoint.
+
+    entropies: every entropy by model, seed, step, data, kind, coefficient and layer (nats);
+    entropy: of those the study's own measure, knowledge entropy of its model on the mixture;
+    panel: the plasticity panel; convergence: H by the number of sequences, near the stages.
+    """
+    found: dict[str, list[pd.DataFrame]] = {"entropies": [], "panel": [], "convergence": []}
+    for model in study.models:
+        for seed in study.profile.seeds:
+            for step in study.profile.pretraining.checkpoints:
+                run = study.entropy_run(seed, step, model)
+                for name, parts in found.items():
+                    if name != "convergence" or run.settings["converge"]:
+                        part = run.read_table(f"{name}.csv")
+                        if "data" in part:  # before what is measured on it
+                            part.insert(0, "data", part.pop("data"))
+                        for column, value in (("step", step), ("seed", seed), ("model", model)):
+                            part.insert(0, column, value)
+                        parts.append(part)
+    tables = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+    wanted = {"model": study.models[0], "data": "mixture", "kind": "knowledge"}
+    rows = tables["entropies"]
+    own = (rows[list(wanted)] == list(wanted.values())).all(axis=1)
+    rows = rows[own & (rows["coefficient"] == "absolute")]
+    columns = ["seed", "step", "layer", "entropy_nats", "bound_nats"]
+    return {"entropy": rows[columns].reset_index(drop=True), **tables}
+
+
+def checkpoints_table(study: Study) -> pd.DataFrame:
+    """Knowledge, accuracy and losses by seed and step."""
+    p = study.profile
+    per_step = p.pretraining.batch_size * p.corpus.sequence_length
+    rows = []
+    for seed in p.seeds:
+        for step in p.pretraining.checkpoints:
+            result, tokens = study.evaluate_run(seed, step).read(), step * per_step
+            row = {"seed": seed, "step": step, "share": step / p.pretraining.steps}
+            row |= {"tokens": tokens, "tokens_per_parameter": tokens / result["parameters"]}
+            rows.append({**row, **result})
+    return pd.DataFrame(rows)
+
+
+def save_coefficients(study: Study) -> None:
+    """Mean coefficients of every checkpoint, a safetensors file a seed (tensors ``step/layer``)."""
+    for seed in study.profile.seeds:
+        steps = study.profile.pretraining.checkpoints
+        files = {s: study.entropy_run(seed, s).folder / "coefficients.safetensors" for s in steps}
+        stack_coefficients(files, study.measurements / f"coefficients-seed{seed}.safetensors")
+
+
+def continual_table(
+    study: Study,
+    grid: Iterable[tuple[str, Run]],
+    checkpoints: pd.DataFrame,
+    entropy: pd.DataFrame,
+) -> pd.DataFrame:
+    """One row per continual-learning run: before (``_pt``), after (``_cl``), A, F and settings.
+
+    ``_pt`` is the checkpoint as pretrained; after an intervention ``_modified`` is the changed
+    model before continual learning, and ``acquisition_modified`` / ``forgetting_modified`` take it
+    as the baseline.
+    """
+    before = checkpoints.set_index(["seed", "step"])
+    labels = {seed: study.stages(entropy, seed) for seed in study.profile.seeds}
+    totals = entropy.groupby(["seed", "step"])["entropy_nats"].sum()
+    rows = []
+    for variant, run in grid:
+        s, after = run.settings, run.read()
+        after.pop("losses")
+        start = before.loc[(s["seed"], s["step"])]
+        names = {step: label for label, step in labels[s["seed"]].items()}
+        change = s["intervention"] or {"name": "none", "ratio": np.nan, "factor": np.nan}
+        row = {
+            "seed": s["seed"],
+            "stage_step": s["step"],
+            "stage_label": names[s["step"]],
+            "variant": variant,
+            "learning_rate": s["learning_rate"],
+            "cl_seed": s["cl_seed"],
+            "injected": s["injected"],
+            "intervention": change["name"],
+            "ratio": change["ratio"],
+            "factor": change["factor"],
+            "chance": CHANCE,
+            "tokens_per_parameter": start["tokens_per_parameter"],
+        }
+        pretrained = {**start, "entropy": totals[(s["seed"], s["step"])]}
+        row |= {f"{name}_pt": pretrained[name] for name in after}
+        row |= {f"{name}_cl": value for name, value in after.items()}
+        if s["intervention"] is not None:
+            modified = study.intervene_run(s["seed"], s["step"], s["intervention"]).read()
+            row |= {f"{name}_modified": modified[name] for name in after}
+        rows.append(row)
+    keys = ["seed", "stage_step", "variant", "learning_rate", "intervention", "ratio", "factor"]
+    table = pd.DataFrame(rows).sort_values([*keys, "cl_seed", "injected"], ignore_index=True)
+    table["acquisition"] = acquisition(table["k_pt"], table["k_cl"])
+    table["forgetting"] = forgetting(table["p_pt"], table["p_cl"])
+    # NaN where a model knows no more than chance, so that there is nothing to forget
+    table["forgetting_over_chance"] = forgetting_over_chance(table["p_pt"], table["p_cl"], CHANCE)
+    if "k_modified" in table:
+        changed = table["k_modified"].notna()  # runs without intervention may stand in between
+        t = table[changed]
+        table.loc[changed, "acquisition_modified"] = acquisition(t["k_modified"], t["k_cl"])
+        table.loc[changed, "forgetting_modified"] = forgetting(t["p_modified"], t["p_cl"])
+    return table
+
+
+def curves_table(grid: Iterable[tuple[str, Run]]) -> pd.DataFrame:
+    """Knowledge along continual learning, before and after every injection, where it was
+    scored.
+    """
+    names = ("seed", "step", "learning_rate", "cl_seed", "injected")
+    parts = []
+    for _, run in grid:
+        if run.settings["curve"]:
+            head = {name: run.settings[name] for name in names}
+            head["stage_step"] = head.pop("step")
+            table = run.read_table("curve.csv")
+            parts.append(table.assign(**head)[[*head, *table.columns]])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

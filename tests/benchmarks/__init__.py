@@ -1,0 +1,1 @@
+"""Benchmarks of kelib beside what one would do without it: ``python -m tests.benchmarks``."""
