@@ -6,17 +6,22 @@ PROFILE ?= small
 include env.mk
 
 # the code that computes; drawing, claims and notebooks are not part of it
-COMPUTE := $(filter-out $(addprefix kelib/,plots.py results.py claims.py verdicts.py reference.py \
-	notebooks.py __main__.py),$(wildcard kelib/*.py))
+COMPUTE := $(filter-out $(addprefix kelib/,plots.py plots_entropy.py results.py claims.py verdicts.py \
+	reference.py readme.py notebooks.py __main__.py),$(wildcard kelib/*.py))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
 RUN := $(PY) -m kelib notebook
-FIGURES := fig02_knowledge_entropy fig04_stages fig05_resuscitation tab00_claims
+# figures by the stage after which they can be drawn
+AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig06_other_family fig07_data_sets \
+	fig08_layers fig09_definitions ours_convergence ours_plasticity_panel
+AFTER_4 := fig04_stages fig05_resuscitation tab00_claims
+FIGURES := $(AFTER_2) $(AFTER_4)
 # what drawing rests on: a change of the compute code alone does not redraw
-DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py results.py tables.py config.py study.py)
+DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py plots_entropy.py results.py \
+	tables.py config.py study.py)
 
-.PHONY: help figures study test check format data status reference clean search lab
+.PHONY: help figures study test check format data status notebooks bench reference clean search lab
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile env.mk
@@ -35,7 +40,9 @@ $(MEASURED)/continual.csv: notebooks/stages/3_continual.ipynb $(MEASURED)/checkp
 $(MEASURED)/interventions.csv: notebooks/stages/4_interventions.ipynb $(MEASURED)/continual.csv
 	@$(RUN) $< $(OUT)/4_interventions.ipynb -p profile=$(PROFILE) -p scratch=false
 
-$(OUT)/%.json: notebooks/%.ipynb $(MEASURED)/interventions.csv notebooks/params/claims.yaml $(DRAW) | $(READY)
+$(AFTER_2:%=$(OUT)/%.json): $(MEASURED)/checkpoints.csv
+$(AFTER_4:%=$(OUT)/%.json): $(MEASURED)/interventions.csv notebooks/params/claims.yaml
+$(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
 	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements
 
 $(PARAMS): | $(READY)
@@ -66,6 +73,12 @@ format: | $(READY) ## rewrite the code in the project's format
 search: | $(READY) ## the search that chose the small model's regime (90 minutes; resumable)
 	@$(RUN) notebooks/stages/0_search.ipynb figures/search/0_search.ipynb -p scratch=false
 	@$(RUN) notebooks/ours_search.ipynb figures/search/ours_search.ipynb -p source=measurements
+
+notebooks: | $(READY) ## run all committed notebooks again, in place
+	@$(PY) -m kelib execute
+
+bench: | $(READY) ## time and memory against the floor and against other libraries, as ratios
+	@$(PY) -m tests.benchmarks
 
 reference: figures ## promote a finished profile to data/reference and figures/reference
 	@$(PY) -m kelib reference $(PROFILE)

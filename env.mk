@@ -70,8 +70,8 @@ $(ENV_STAMP): requirements.lock pyproject.toml
 	rm -f "$$stamp"; : > "$$venv/.installing" || \
 	  $(call env_stop,$$venv cannot be written: change the permissions or name another folder (make VENV=folder)); \
 	echo "kelib: installing the exact pins of requirements.lock into $$venv, minutes the first time"; \
-	echo "kelib: a fresh set-up downloads 0.4 GB (2 GB on disk) with a CPU build of torch, or 2.9 GB"; \
-	echo "kelib: (7 GB on disk) with the CUDA build, which is what a registry has for Linux; see README"; \
+	echo "kelib: a fresh set-up downloads 0.5 GB (2.4 GB on disk) with a CPU build of torch, or 3 GB"; \
+	echo "kelib: (7.5 GB on disk) with the CUDA build, which is what a registry has for Linux; see README"; \
 	mkdir -p "$$venv/tmp"; \
 	( seconds=0; while sleep 30 >/dev/null 2>&1 9<&-; do kill -0 $$$$ 2>/dev/null || exit 0; \
 	  seconds=$$((seconds + 30)); \
@@ -103,10 +103,11 @@ lock: ## write requirements.lock anew from pyproject.toml (needs uv)
 	cp requirements.lock .venv.lock.part 2>/dev/null || :; \
 	$(UV) pip compile pyproject.toml --output-file .venv.lock.part --quiet --no-header \
 	  --universal --python-version 3.11 --fork-strategy fewest --extra dev --extra notebooks \
+	  --extra tasks --extra gguf \
 	  --excludes .venv.excludes.part --annotation-style line $(LOCK_FLAGS); \
 	{ printf '%s\n' \
-	  "# Exact pins of kelib with its extras 'notebooks' and 'dev', all transitive dependencies" \
-	  "# included, for Python 3.11, 3.12 and 3.13. Used by make and by environment.yml." \
+	  "# Exact pins of kelib with its extras notebooks, tasks, gguf and dev, all transitive" \
+	  "# dependencies included, for Python 3.11, 3.12 and 3.13. Used by make and by environment.yml." \
 	  "# Regenerate with: make lock (needs uv; make lock LOCK_FLAGS=--upgrade for newer versions)." \
 	  "# The nvidia, cuda and triton packages are not listed: pip takes them from the metadata of" \
 	  "# torch where its build needs them. There are no local version suffixes either, so that" \

@@ -114,6 +114,16 @@ def _reference(arguments: argparse.Namespace) -> None:
     promote(arguments.profile)
 
 
+def _execute(arguments: argparse.Namespace) -> None:
+    from kelib.config import repository_root
+    from kelib.reference import execute_all, execute_in_place
+
+    for notebook in arguments.notebooks:
+        execute_in_place(Path(notebook).resolve())
+    if not arguments.notebooks:
+        execute_all(repository_root())
+
+
 def _entropy(arguments: argparse.Namespace) -> None:
     from kelib.command import run
 
@@ -157,6 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("profile")
         sub.set_defaults(do=do)
+    one = commands.add_parser("execute", help="run notebooks in place, with their own parameters")
+    one.add_argument("notebooks", nargs="*", help="default: all of them")
+    one.set_defaults(do=_execute)
     one = commands.add_parser("injection", help="print the injection schedule of a profile")
     one.add_argument("profile")
     one.add_argument("--seed", type=int, help="pretraining seed (default: the first)")

@@ -6,7 +6,7 @@ over them where there are at least two. The first functions prepare tables for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -88,6 +88,21 @@ def rank_correlations(table: pd.DataFrame, x: str, y: list[str], peaks: Any) -> 
     return pd.concat(found)[["seed", "phase", "y", "n", "spearman"]].reset_index(drop=True)
 
 
+def layer_correlations(panel: pd.DataFrame, x: str, y: list[str], peaks: Any) -> pd.DataFrame:
+    """As :func:`rank_correlations`, but over the layers of one checkpoint, where training time
+    plays no part: the mean over the checkpoints of each seed from its peak on (phase "layers").
+
+    NaN for fewer than three layers; checkpoints where a column does not vary are left out.
+    """
+    found = []
+    seed: Any  # keys of groups have no types of their own
+    for (seed, step), part in panel.groupby(["seed", "step"]):
+        if step >= peaks[seed]:
+            found.append(correlations(part, [x], y).assign(seed=seed))
+    means = pd.concat(found).groupby(["seed", "y"], as_index=False)[["n", "spearman"]].mean()
+    return means.assign(phase="layers")[["seed", "phase", "y", "n", "spearman"]]
+
+
 def marks_table(peaks: Mapping[int, int], stages: Stages) -> pd.DataFrame:
     """Steps of the peak and of the stages, a row for each seed."""
     rows = []
@@ -102,41 +117,53 @@ def interval_words(n: int) -> str:
     return f"95 % t interval over n = {n} pretraining seeds" if n > 1 else "one pretraining seed"
 
 
+def unfallen_words(peaks: Mapping[int, int], stages: Stages) -> str:
+    """A sentence for the seeds whose first stage does not lie after the peak; empty without any."""
+    early = sum(min(stages[seed].values()) <= peak for seed, peak in peaks.items())
+    if not early:
+        return ""
+    return (
+        f" In {early} of {len(peaks)} seed(s) fewer than two stages lie after the peak: there the "
+        "change between the stages is no fall from it."
+    )
+
+
 def seeds_note(n: int) -> str:
-    """What thin and thick lines and bands of :func:`along_pretraining` are, for ``n`` seeds."""
+    """What lines, bands, bars and rings are, for ``n`` pretraining seeds."""
     if n < 2:
         return "one pretraining seed (n = 1): no interval over seeds"
-    note = f"thin: a pretraining seed each; thick: their mean; 95 % t interval over n = {n} seeds"
+    note = "thin lines, rings: a pretraining seed each; thick lines, filled: their mean; "
+    note += f"bands, bars: 95 % t interval over n = {n} seeds"
     # t is 12.7 for two seeds, 4.3 for three
-    return note if n > 3 else f"{note} (wide with so few; bands are cut at the axes)"
+    return note if n > 3 else f"{note} (wide with so few, cut at the axes)"
 
 
 def note_below(figure: Figure, *lines: str) -> None:
     """Lines of small print under all panels: what intervals are, what the paper reports."""
-    figure.supxlabel("\n".join(lines), fontsize=8, color="0.25")
+    # the empty line is for the stamp of ``save_figure``
+    figure.supxlabel("\n".join([*lines, ""]), x=0.01, ha="left", fontsize=7.5, color="0.25")
 
 
-def mark_peaks(ax: Axes, peaks: Mapping[int, int], name: str = "") -> None:
+def name_panels(axes: Sequence[Axes], titles: Sequence[str], rows: int = 1) -> None:
+    """Titles with letters, (a) and so on, above ``rows`` rows of small print."""
+    for letter, ax, title in zip("abcdefghijklmnopqrstuvwxyz", axes, titles, strict=False):
+        ax.set_title(f"({letter}) {title}", pad=5 + 9 * rows)
+
+
+def mark_peaks(ax: Axes, peaks: Mapping[int, int], name: str = "", row: int = 0) -> None:
     """The entropy peak (of ``name``): a dashed line, or from the earliest to the latest seed a grey
-    span.
+    span, named above the axes in the given row of small print.
     """
     low, high = min(peaks.values()), max(peaks.values())
     if low == high:
         ax.axvline(low, color="0.5", lw=0.8, ls="--")
     else:
         ax.axvspan(low, high, color="0.93", zorder=0)
-    ax.annotate(
-        f"{name} peak, step {low}" if low == high else f"{name} peaks, steps {low} to {high}",
-        (low, 0.03),
-        xycoords=ax.get_xaxis_transform(),
-        xytext=(-3, 0),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=7,
-        color="0.3",
-        rotation=90,
-    )
+    text = f"peak {low}" if low == high else f"peaks {low} to {high}"
+    place: dict[str, Any] = {"xycoords": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+    place |= {"xytext": (0, 2 + 9 * row), "textcoords": "offset points"}
+    at = (low * high) ** 0.5  # the middle, on a logarithmic axis
+    ax.annotate(f"{name} {text}".strip(), (at, 1), fontsize=7, color="0.3", **place)
 
 
 def label_ends(ax: Axes, ends: Mapping[str, tuple[float, str]], gap: float = 0.085) -> None:
@@ -167,38 +194,44 @@ def along_pretraining(
     peaks: Mapping[int, int] | None = None,
     stages: Stages | None = None,
     bound: tuple[float, str] | None = None,
+    first: int = 0,
 ) -> Axes:
     """``value`` against the step (symlog), a colour for each key of ``names`` in column ``by``.
 
-    ``table`` has columns seed, step, ``by``, ``value``. Limits follow the seeds, so that a wide
-    band is cut. Where given, ``peaks`` (seed -> step) are marked, the stages get diamonds on the
-    mean, and ``bound`` (value, name) a dotted line. Lines are named at their ends if there are
-    several.
+    ``table`` has columns seed, step, ``by``, ``value``. With two or three seeds limits follow these
+    and the wide band is cut. Where given, ``peaks`` (seed -> step) are marked, the stages get
+    diamonds on the mean, and ``bound`` (value, name) a dotted line. Lines are named at their ends
+    if there are several. ``first`` is the colour to begin with.
     """
     marked = sorted({step for of_seed in (stages or {}).values() for step in of_seed.values()})
     wanted = table[table[by].isin(list(names))]
+    low, high = wanted[value].min(), wanted[value].max()
     ends: dict[str, tuple[float, str]] = {}
-    for index, (key, name) in enumerate(names.items()):
+    for index, (key, name) in enumerate(names.items(), first):
         colour, part = COLOURS[index % 7], wanted[wanted[by] == key]
         if part["seed"].nunique() > 1:
             for _, line in part.groupby("seed"):
                 ax.plot(line["step"], line[value], color=colour, lw=0.6, alpha=0.6, label="_seed")
         mean = over_seeds(part, value, ["step"])
         style: dict[str, Any] = {"marker": MARKERS[index % 7], "ms": 3, "lw": 1.6}
+        style["markevery"] = max(1, len(mean) // 30)
         ax.plot(mean["step"], mean["mean"], color=colour, label=name, **style)
         ax.fill_between(mean["step"], mean["low"], mean["high"], color=colour, alpha=0.15, lw=0)
         at = mean.set_index("step")["mean"].reindex(marked)
-        ax.plot(at.index, at, "D", mfc="none", mec="black", ms=7, mew=0.9, label="_stages")
+        size = 7 if len(names) == 1 else 5
+        ax.plot(at.index, at, "D", mfc="none", mec="black", ms=size, mew=0.8, label="_stages")
         ends[name] = (float(mean["mean"].iloc[-1]), colour)
-    low, high = wanted[value].min(), wanted[value].max()
+        if mean["n"].max() > 3:
+            low, high = np.nanmin([low, mean["low"].min()]), np.nanmax([high, mean["high"].max()])
     if bound is not None:
         high = max(high, bound[0])
         ax.axhline(bound[0], color="0.5", lw=0.8, ls=":")
         small: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": "0.4"}
-        ax.annotate(bound[1], (0, bound[0]), xytext=(2, 3), **small)
+        ax.annotate(bound[1], (0, bound[0]), xytext=(2, 2), **small)
     margin = 0.08 * (high - low) or 0.5
     ax.set_ylim(low - margin, high + margin)
     ax.set_xscale("symlog", linthresh=1)
+    ax.set_xlim(-0.2, wanted["step"].max() * 1.4)
     if peaks is not None:
         mark_peaks(ax, peaks)
     ax.set_xlabel("pretraining step (symlog)")
@@ -240,17 +273,22 @@ def stage_change_dots(
     return ax
 
 
-def layers_at_stages(table: pd.DataFrame, ax: Axes, ylabel: str, scale: float = 1) -> Axes:
-    """A quantity of each layer, one line a stage with its interval over seeds, side by side.
+def _shades(count: int) -> list[str]:
+    """Greys from light to black: stages are in order, and colours name other things."""
+    return [f"{level:.2f}" for level in np.linspace(0.65 if count > 1 else 0, 0, count)]
 
-    ``table`` has columns stage (an ordered category or in order), seed, layer and value.
+
+def layers_at_stages(table: pd.DataFrame, ax: Axes, ylabel: str, scale: float = 1) -> Axes:
+    """A quantity of each layer, one line a stage with its interval over seeds, later stages darker.
+
+    ``table`` has columns stage, in order, seed, layer and value.
     """
     order = list(dict.fromkeys(table["stage"]))
-    for index, stage in enumerate(order):
+    for index, (stage, colour) in enumerate(zip(order, _shades(len(order)), strict=True)):
         part = over_seeds(table[table["stage"] == stage], "value", ["layer"])
         values = part[["mean", "low", "high"]].to_numpy() * scale
         errors = np.nan_to_num(np.abs(values[:, 1:].T - values[:, 0]))
-        style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7]}
         # a little apart, so that intervals do not hide each other
         x = part["layer"] + 1 + 0.06 * (index - (len(order) - 1) / 2)
         style |= {"lw": 1.2, "capsize": 2}
@@ -269,27 +307,29 @@ def sample_sizes(
     level: float,
     marks: Mapping[int, str],
 ) -> Axes:
-    """``value`` (nats, above 0) against the number of sequences, logarithmic, a colour a stage.
+    """``value`` (nats, above 0) against the number of sequences, logarithmic, later stages darker.
 
     ``table`` has columns stage, seed, sequences, ``value``; what is not above 0 has no place on a
     logarithmic axis and is left out. ``level`` (nats) is drawn for comparison, ``marks`` names
     numbers of sequences.
     """
     shown = table[table[value] > 0]
-    for index, stage in enumerate(dict.fromkeys(table["stage"])):
-        part, colour = shown[shown["stage"] == stage], COLOURS[index % 7]
+    order = list(dict.fromkeys(table["stage"]))
+    for index, (stage, colour) in enumerate(zip(order, _shades(len(order)), strict=True)):
+        part = shown[shown["stage"] == stage]
         if part["seed"].nunique() > 1:
             for _, line in part.groupby("seed"):
                 ax.plot(line["sequences"], line[value], color=colour, lw=0.6, alpha=0.6)
         mean = part.groupby("sequences")[value].mean()
         style: dict[str, Any] = {"marker": MARKERS[index % 7], "ms": 4, "lw": 1.6}
         ax.plot(mean.index, mean, color=colour, label=str(stage), **style)
-    ax.axhline(level, color="0.35", lw=0.9, ls="--")
+    ax.axhline(level, color=COLOURS[3], lw=0.9, ls="--")
+    place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "top"}
+    ax.text(0.99, level, "change between stages", fontsize=7, color=COLOURS[3], **place)
     for sequences, name in marks.items():
         ax.axvline(sequences, color="0.8", lw=0.9, zorder=0)
-        ax.annotate(
-            name, (sequences, 1), xycoords=ax.get_xaxis_transform(), fontsize=7, ha="center"
-        )
+        above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
+        ax.annotate(name, (sequences, 1), xycoords=ax.get_xaxis_transform(), fontsize=7, **above)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
@@ -304,32 +344,35 @@ def stage_differences(table: pd.DataFrame, ax: Axes, ylabel: str) -> Axes:
     ``table`` has columns seed, sequences, difference and deviation (nats); bars are one deviation
     to either side and miss where it is NaN.
     """
+    ends: dict[str, tuple[float, str]] = {}
     for index, (seed, line) in enumerate(table.groupby("seed")):
         style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
         x = line["sequences"] * 1.04**index  # a little apart, so that bars do not hide each other
         bars = np.nan_to_num(line["deviation"])
         style |= {"ms": 4, "lw": 1.0, "capsize": 2, "label": f"seed {seed}"}
         ax.errorbar(x, line["difference"], yerr=bars, **style)
+        ends[f"seed {seed}"] = (float(line["difference"].iloc[-1]), COLOURS[index % 7])
     ax.axhline(0, color="0.5", lw=0.8)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("sequences in the data set")
     ax.set_ylabel(ylabel)
+    label_ends(ax, ends)
     return ax
 
 
 def correlation_dots(table: pd.DataFrame, ax: Axes, names: Mapping[str, str]) -> Axes:
-    """Rank correlations with entropy: filled over all checkpoints, open from the peak on, a point
-    for each seed.
+    """Rank correlations with entropy, a point for each seed, a look for each phase.
 
-    ``table`` comes from :func:`rank_correlations`; ``names`` maps its ``y`` to labels, from the
-    top.
+    ``table`` holds the rows of :func:`rank_correlations` and :func:`layer_correlations`; ``names``
+    maps ``y`` to labels, from the top.
     """
     looks: dict[str, dict[str, Any]] = {
         "all": {"color": COLOURS[0], "marker": "o", "label": "all checkpoints"},
         "after": {"color": COLOURS[3], "marker": "s", "mfc": "none", "label": "from the peak on"},
+        "layers": {"color": COLOURS[2], "marker": "^", "label": "over layers"},
     }
-    for offset, (phase, look) in zip((0.15, -0.15), looks.items(), strict=True):
+    for offset, (phase, look) in zip((0.24, 0, -0.24), looks.items(), strict=True):
         part = table[table["phase"] == phase]
         y = [len(names) - 1 - list(names).index(str(name)) + offset for name in part["y"]]
         ax.plot(part["spearman"], y, ls="", ms=4, alpha=0.8, **look)

@@ -34,6 +34,7 @@ def by_layer(entropy: pd.DataFrame, ax: Axes, by: str) -> Axes:
         )
     bound = entropy.groupby("layer")["bound_nats"].max()
     ax.plot(bound.index + 1, bound, ":", color="0.5", lw=0.9, label="bound")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("layer")
     ax.set_ylabel("entropy (nats)")
     return ax
@@ -64,5 +65,5 @@ def convergence_curve(table: pd.DataFrame, ax: Axes, by: str) -> Axes:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("sequences |D|")
-    ax.set_ylabel("estimate minus that from all (nats)")
+    ax.set_ylabel("estimate minus all (nats)")
     return ax

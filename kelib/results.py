@@ -46,6 +46,11 @@ class Tables:
         seeds = ", ".join(map(str, self.seeds))
         return f"profile {self.name} · pretraining seed {seeds}"
 
+    @property
+    def figures(self) -> Path:
+        """Where the figures of these tables are, once they are drawn and promoted."""
+        return repository_root() / "figures" / "reference" / self.name
+
     @functools.cached_property
     def profile(self) -> Profile:
         """What the tables were made with, read from their provenance."""

@@ -30,6 +30,8 @@ EXTRAS = {
     for name, items in PROJECT["optional-dependencies"].items()
 }
 CORE = [Requirement(item) for item in PROJECT["dependencies"]]
+OPTIONAL = ("notebooks", "tasks", "gguf", "hub", "cluster")
+LOCKED = CORE + [item for name in ("notebooks", "tasks", "gguf", "dev") for item in EXTRAS[name]]
 PYTHONS = ["3.11.0", "3.11.14", "3.12.0", "3.12.12", "3.13.0", "3.13.9"]
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 PLOTTING = {"matplotlib", "seaborn"}
@@ -91,7 +93,7 @@ def test_lock_leaves_the_parts_of_a_cuda_build_to_torch() -> None:
 def test_lock_gives_one_version_a_name(python: str, platform: str, machine: str) -> None:
     chosen = pinned(environment(python, platform, machine))
     assert {name: found for name, found in chosen.items() if len(found) != 1} == {}
-    for wanted in CORE + EXTRAS["notebooks"] + EXTRAS["dev"]:
+    for wanted in LOCKED:
         found = chosen.get(canonicalize_name(wanted.name))
         assert found, f"{wanted} is not in requirements.lock: run `make lock`"
         assert wanted.specifier.contains(found[0]), f"{wanted} but the lock has {found[0]}"
@@ -117,7 +119,7 @@ def test_lock_holds_nothing_that_no_one_asks_for() -> None:
             assert own or canonicalize_name(source) in present, line
         direct = "kelib (pyproject.toml)" in sources
         name = canonicalize_name(Requirement(requirement).name)
-        assert direct == (name in names(CORE + EXTRAS["notebooks"] + EXTRAS["dev"])), line
+        assert direct == (name in names(LOCKED)), line
 
 
 def test_running_environment_is_the_locked_one() -> None:
@@ -176,7 +178,7 @@ def distribution(module: str) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_module_imports_only_declared_dependencies(path: Path) -> None:
     plots = path.name == "plots.py"
-    optional = names([item for extra in ("notebooks", "hub", "cluster") for item in EXTRAS[extra]])
+    optional = names([item for extra in OPTIONAL for item in EXTRAS[extra]])
     for module, at_import in third_party_imports(path):
         needed = distribution(module)
         if needed in PLOTTING:

@@ -16,7 +16,8 @@ from kelib.config import repository_root
 from kelib.errors import KelibError
 from kelib.notebooks import run_notebook
 from kelib.parsing import one_line
-from kelib.reference import claims_markdown, replace_generated
+from kelib.readme import claims_markdown, replace_generated
+from kelib.reference import shown_profile
 from kelib.sources import documents, manifest
 from kelib.world import WorldSize, build_world
 
@@ -116,7 +117,8 @@ def test_generated_block_is_replaced_and_missing_markers_are_named() -> None:
 
 
 def test_readme_shows_the_claims_of_the_reference() -> None:
-    claims = pd.read_csv(ROOT / "figures" / "reference" / "small" / "tab00_claims.csv")
+    shown = shown_profile(ROOT / "notebooks" / "tab00_claims.ipynb")
+    claims = pd.read_csv(ROOT / "figures" / "reference" / str(shown) / "tab00_claims.csv")
     assert claims_markdown(claims) in (ROOT / "README.md").read_text("utf-8")
 
 

@@ -20,22 +20,20 @@ from safetensors.numpy import save_file
 from kelib import plots, reference, results
 from kelib.config import load_profile
 from kelib.errors import KelibError
-from kelib.reference import (
-    SEARCH,
-    SEARCH_TABLES,
-    TABLES,
+from kelib.readme import (
     claims_markdown,
     controls_markdown,
     figures_markdown,
-    promote,
     protocol_markdown,
     refresh_readme,
 )
+from kelib.reference import SEARCH, promote, shown_profile
 from kelib.results import open_tables, save_figure, save_table
 from kelib.tables import provenance, write_table
 
 SECONDS = {"pretraining": 600, "entropy": 240, "continual": 1200, "interventions": 120}
 RATE, LOWER = 6e-3, 1e-3
+DRAWN = ("fig02_knowledge_entropy", "fig04_stages", "fig05_resuscitation", "tab00_claims")
 README = """Before.
 <!-- generated: claims -->
 old claims
@@ -85,6 +83,7 @@ def planted() -> dict[str, pd.DataFrame]:
     columns += ["forgetting_over_chance", "k_cl"]
     return {
         "pretraining": pd.DataFrame({"seed": 100, "step": [25, 50], "loss": [6.0, 5.0]}),
+        "entropies": pd.DataFrame({"seed": [100]}),
         "entropy": pd.DataFrame(
             entropy, columns=["seed", "step", "layer", "entropy_nats", "bound_nats"]
         ),
@@ -153,15 +152,18 @@ def measure(root: Path, name: str, parameters: dict[str, Any], tables: Any) -> P
     return folder
 
 
-def notebook(path: Path, source: str) -> None:
+def notebook(path: Path, source: str, profile: str = "") -> None:
     cells = [nbformat.v4.new_code_cell(source)]
+    if profile:
+        tagged = {"tags": ["parameters"]}
+        cells.insert(0, nbformat.v4.new_code_cell(f'profile = "{profile}"', metadata=tagged))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     path.parent.mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
 def printed(path: Path) -> str:
-    (cell,) = nbformat.read(path, as_version=4).cells
+    cell = nbformat.read(path, as_version=4).cells[-1]
     return "".join(output.text for output in cell.outputs)
 
 
@@ -188,14 +190,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with mpl.rc_context(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "repository_root", lambda: root)
         tables = open_tables("small", "measurements")
-        save_figure(plots.panels(1)[0], "fig02", planted()["entropy"], tables, ["entropy"])
+        for name, table in (
+            ("fig02_knowledge_entropy", "entropy"),
+            ("fig04_stages", "continual"),
+            ("fig05_resuscitation", "interventions"),
+        ):
+            save_figure(plots.panels(1)[0], name, planted()[table], tables, [table])
         save_figure(plots.panels(1)[0], "tab00_claims", claims(), tables, ["continual"])
         save_table("tab00_claims", claims(), tables, ["continual", "interventions"])
     plt.close("all")
-    (tables.output / "fig02.ipynb").write_text("executed copies are not promoted")
-    (tables.output / "fig02.failed.ipynb").write_text("nor are failed ones")
+    (tables.output / "fig02_knowledge_entropy.ipynb").write_text("executed copies are not promoted")
+    (tables.output / "fig02_knowledge_entropy.failed.ipynb").write_text("nor are failed ones")
     (root / "README.md").write_text(README, encoding="utf-8")
     return root
+
+
+def shown(tables: Any) -> Callable[[str], Any]:
+    return {name: tables for name in DRAWN}.get
 
 
 def names(folder: Path) -> list[str]:
@@ -206,9 +217,10 @@ def names(folder: Path) -> list[str]:
 
 
 def test_promotion(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    here, other = root / "notebooks" / "fig02.ipynb", root / "notebooks" / "ours_search.ipynb"
-    notebook(here, NOTEBOOK.format("small/pretraining.csv"))
+    here, other = root / "notebooks" / "fig02_knowledge_entropy.ipynb", root / "notebooks" / "ours_search.ipynb"
+    notebook(here, NOTEBOOK.format("small/pretraining.csv"), "small")
     notebook(other, NOTEBOOK.format("search/entropy.csv"))  # there is no such reference yet
+    notebook(root / "notebooks" / "tab00_claims.ipynb", "1", "small")
     untouched = other.read_bytes()
     stale = root / "figures" / "reference" / "small" / "fig99.pdf"
     stale.parent.mkdir(parents=True)
@@ -216,9 +228,10 @@ def test_promotion(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     promote("small")
 
     data, figures = root / "data" / "reference" / "small", root / "figures" / "reference" / "small"
-    tables = [f"{table}.{suffix}" for table in TABLES for suffix in ("csv", "json")]
+    tables = [f"{table}.{suffix}" for table in planted() for suffix in ("csv", "json")]
     assert names(data) == sorted([*tables, "coefficients-seed100.safetensors"])
-    drawn = [f"{f}.{s}" for f in ("fig02", "tab00_claims") for s in ("csv", "json", "pdf", "png")]
+    suffixes = ("csv", "json", "pdf", "png")
+    drawn = [f"{name}.{suffix}" for name in DRAWN for suffix in suffixes]
     assert names(figures) == sorted(drawn)
     for made in (data, figures):
         source = root / ("data/measurements" if made == data else "figures") / "small"
@@ -230,25 +243,27 @@ def test_promotion(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert content.metadata["language_info"] == {"name": "python"}  # of no particular machine
     assert other.read_bytes() == untouched
     readme = (root / "README.md").read_text(encoding="utf-8")
-    for part in (claims_markdown(claims()), figures_markdown(open_tables("small"))):
+    here_and_claims = (here.stem, "tab00_claims")  # there are no other notebooks
+    of = {name: open_tables("small") for name in here_and_claims}
+    for part in (claims_markdown(claims()), figures_markdown(of.get)):
         assert part in readme
     assert "old claims" not in readme
     assert [line for line in readme.splitlines() if line in ("Before.", "Between.", "After.")]
-    assert "promoted small: 5 tables, 2 figures" in capsys.readouterr().out
+    assert "promoted small: 6 tables, 4 figures" in capsys.readouterr().out
 
 
 def test_the_search_is_promoted_on_its_own(root: Path) -> None:
     """Its parameters are no profile, and neither README nor figure notebooks show it."""
-    folder = measure(root, SEARCH, {"profile": SEARCH, "regimes": {"a/0": "abc"}}, SEARCH_TABLES)
+    folder = measure(root, SEARCH, {"profile": SEARCH, "regimes": {"a/0": "abc"}}, ("entropy", "checkpoints"))
     tables = open_tables(SEARCH, "measurements")
     assert tables.label == "profile search · pretraining seed 100"
     with pytest.raises(KelibError, match=r"unknown key regimes"):
         _ = tables.profile
     with mpl.rc_context():
         save_figure(plots.panels(1)[0], "ours_search", planted()["entropy"], tables, ["entropy"])
-    here, other = root / "notebooks" / "ours_search.ipynb", root / "notebooks" / "fig02.ipynb"
+    here, other = root / "notebooks" / "ours_search.ipynb", root / "notebooks" / "fig02_knowledge_entropy.ipynb"
     notebook(here, NOTEBOOK.format("search/checkpoints.csv"))
-    notebook(other, NOTEBOOK.format("small/pretraining.csv"))
+    notebook(other, NOTEBOOK.format("small/pretraining.csv"), "small")
     promote(SEARCH)
     assert names(root / "data" / "reference" / SEARCH) == names(folder)
     assert len(names(root / "figures" / "reference" / SEARCH)) == 4
@@ -267,8 +282,8 @@ def replant(root: Path, table: str, profile: str = "small", step: int = 1) -> No
     ("spoil", "message"),
     [
         (
-            lambda root: (root / "data/measurements/small/continual.csv").unlink(),
-            r"no table continual.csv in .*small; it has checkpoints.csv, entropy.csv, .*run its s",
+            lambda root: [p.unlink() for p in root.glob("data/measurements/small/continual.*")],
+            r"no readable provenance .*continual.json; run its stage again",
         ),
         (
             lambda root: (root / "data/measurements/small/entropy.json").unlink(),
@@ -287,12 +302,12 @@ def replant(root: Path, table: str, profile: str = "small", step: int = 1) -> No
             r"no figures in .*small: run make figures PROFILE=small",
         ),
         (
-            lambda root: (root / "figures/small/fig02.pdf").unlink(),
-            r"no fig02.pdf in .*small: delete fig02.json and run make figures PROFILE=small",
+            lambda root: (root / "figures/small/fig02_knowledge_entropy.pdf").unlink(),
+            r"no fig02_knowledge_entropy.pdf in .*small: delete fig02_knowledge_entropy.json and run make figures PROFILE=small",
         ),
         (
             lambda root: replant(root, "entropy"),
-            r"fig02 was drawn from another entropy.csv: delete fig02.json and run make figures",
+            r"fig02_knowledge_entropy was drawn from another entropy.csv: delete fig02_knowledge_entropy.json and run make figures",
         ),
     ],
     ids=["table", "provenance", "changed", "profile", "figures", "pdf", "older"],
@@ -309,7 +324,7 @@ def test_what_is_not_finished_is_refused_before_anything_is_written(
 
 
 def test_a_profile_that_never_ran_is_refused(root: Path) -> None:
-    with pytest.raises(KelibError, match=r"no table pretraining.csv in .*mine; it has none; run"):
+    with pytest.raises(KelibError, match=r"nothing was measured in .*mine; there are small"):
         promote("mine")
 
 
@@ -326,7 +341,7 @@ def test_the_primary_claims_in_markdown() -> None:
 
 def test_every_row_has_the_cells_of_its_header(root: Path) -> None:
     tables = open_tables("small", "measurements")
-    for text in (claims_markdown(claims()), figures_markdown(tables)):
+    for text in (claims_markdown(claims()), figures_markdown(shown(tables))):
         assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
@@ -334,15 +349,15 @@ def test_the_figures_in_markdown(root: Path) -> None:
     tables = open_tables("small", "measurements")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in figures_markdown(tables).splitlines()[2:]
+        for line in figures_markdown(shown(tables)).splitlines()[2:]
     ]
     assert [row[0] for row in rows] == ["2", "4", "5", "claims"]
     assert rows[0][1] == "[fig02_knowledge_entropy](notebooks/fig02_knowledge_entropy.ipynb)"
     assert rows[0][2] == "`figures/small/fig02_knowledge_entropy.json`"
     # seconds are summed over processes: with two workers, half of them pass on the clock
     workers = load_profile("small").workers
-    assert [row[3] for row in rows] == [f"{m / workers:.0f}" for m in (14, 20, 2, 0)]
-    assert rows[0][4] == "-0.50 nats after the peak"
+    assert [row[3] for row in rows] == [f"{m / workers:.0f}" for m in (18, 20, 2, 0)]
+    assert rows[0][4] == "-0.50 nats after the peak, down in 1 of 1 seeds"
     assert rows[1][4] == "CL rate 0.006: A 25.0 → 15.0 %, F over chance 5.0 → 30.0 %"
     assert rows[2][4] == "CL rate 0.006: q = 1 minus original, K +0.150 nats, P +2.0 points"
 
@@ -358,11 +373,18 @@ def test_the_protocol_in_markdown(root: Path) -> None:
     assert "| continual learning | 120 steps of 32 x 64 tokens |" in text
 
 
+def test_the_profile_that_a_notebook_shows(tmp_path: Path) -> None:
+    notebook(tmp_path / "fig02.ipynb", "profile = 'other'", "small")
+    assert shown_profile(tmp_path / "fig02.ipynb") == "small"
+    notebook(tmp_path / "none.ipynb", "profile = 'other'")
+    assert shown_profile(tmp_path / "none.ipynb") is None
+
+
 def test_a_readme_without_its_markers_is_left_alone(root: Path) -> None:
     promote("small")
     readme = root / "README.md"
     readme.write_text(README.replace("generated: figures", "figures"), encoding="utf-8")
     before = readme.read_bytes()
     with pytest.raises(KelibError, match=r"no markers <!-- generated: figures --> .*found claims"):
-        refresh_readme(readme, root)
+        refresh_readme(readme, "small", {}.get)
     assert readme.read_bytes() == before

@@ -30,9 +30,12 @@ def run_group(
         records += found
         for line in list(lines(found))[min(number, 1) :]:
             print(line, flush=True)
-    met = sum(record["met"] == "yes" for record in records)
+    judged = [record["met"] for record in records if record["met"]]
     minutes = (time.perf_counter() - start) / 60
-    print(f"{met} of {len(records)} targets met, {minutes:.1f} minutes, load at start {load:.1f}")
+    print(
+        f"{judged.count('yes')} of {len(judged)} targets met, {minutes:.1f} minutes, load at start "
+        f"{load:.1f}"
+    )
     if output is not None:
         parameters = {
             "threads": threads,

@@ -41,7 +41,12 @@ def time_in_turn(variants: Mapping[str, Variant], repeats: int) -> dict[str, dic
 
 
 def peak_memory(variant: Variant) -> float:
-    """Peak resident size while ``variant`` runs, above the size before, in MB."""
+    """Peak resident size while ``variant`` runs, above the size before, in MB.
+
+    It runs once before: code read from disk and the buffers that libraries set up in a first call
+    (some MB, whatever is measured) do not count.
+    """
+    variant.run()
     gc.collect()
     reset_peak()
     before = _resident("VmRSS")
@@ -74,9 +79,6 @@ def run_case(job: Mapping[str, Any]) -> dict[str, Any]:
     row = find_row(job["row"])
     settings = {**row.settings, **job["settings"]}
     wanted = list(job["variants"])
-    if job["quantity"] == "memory":
-        # code and tables that a first run reads from disk are not the measurement's memory
-        _choose(row.prepare({**settings, **row.tiny}), wanted)[wanted[0]].run()
     variants = _choose(row.prepare(settings), wanted)
     if job["quantity"] == "time":
         return time_in_turn(variants, settings["repeats"])

@@ -124,7 +124,7 @@ def _record(comparison: Comparison, values: Mapping[str, float], unit: str) -> d
         "ratio": ratio,
         "sign": comparison.sign,
         "target": comparison.target,
-        "met": "yes" if comparison.met(ratio) else "no",
+        "met": comparison.met(ratio),
     }
 
 
@@ -147,14 +147,14 @@ def lines(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     )
     for record in records:
         spread, cpu = "", ""
+        aim = "" if record["target"] is None else f"{record['sign']} {record['target']:g}"
         if record["quantity"] == "time":
             spread = f"[{record['ratio_low']:.3f}, {record['ratio_high']:.3f}]"
             cpu = f"{record['ratio_cpu']:.3f}"
         yield form.format(
             *(record["row"], record["ratio_of"], record["quantity"]),
             *(f"{record[name]:.4g} {record['unit']}" for name in ("ours", "baseline")),
-            *(f"{record['ratio']:.3f}", spread, cpu, f"{record['sign']} {record['target']:g}"),
-            *(record["met"], record["model"]),
+            *(f"{record['ratio']:.3f}", spread, cpu, aim, record["met"], record["model"]),
         )
 
 

@@ -35,7 +35,8 @@ class Comparison:
         quantity: ``"time"``, wall-clock seconds per unit, or ``"memory"``, peak resident MB above
             the loaded model and data.
         sign, target: ``"<="``: ours ÷ baseline is at most the target; ``">="``: ours is that many
-            times less, so baseline ÷ ours is at least the target.
+            times less, so baseline ÷ ours is at least the target. A target of None is shown and
+            not judged.
         floor: the variant whose cost is taken from both first: what is compared is what they add
             to it.
     """
@@ -44,7 +45,7 @@ class Comparison:
     ours: str
     baseline: str
     sign: str
-    target: float
+    target: float | None
     floor: str | None = None
 
     @property
@@ -65,9 +66,12 @@ class Comparison:
         ours, baseline = ours - floor, baseline - floor
         return ours / baseline if self.sign == "<=" else baseline / ours
 
-    def met(self, ratio: float) -> bool:
-        """Whether it meets the target."""
-        return ratio <= self.target if self.sign == "<=" else ratio >= self.target
+    def met(self, ratio: float) -> str:
+        """Whether it meets the target: yes, no, or nothing if there is none."""
+        if self.target is None:
+            return ""
+        met = ratio <= self.target if self.sign == "<=" else ratio >= self.target
+        return "yes" if met else "no"
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,7 @@ class Row:
         prepare: settings -> variants by name, with model and data in memory.
         comparisons: a line of the printed table each.
         settings: ``repeats`` (rounds of timing) and whatever ``prepare`` reads.
-        tiny: settings that replace some of these where only the code is to be run: before memory
-            is measured, so that code read from disk does not count, and in tests.
+        tiny: settings that replace some of these in tests, where only the code is to be run.
     """
 
     name: str

@@ -1,0 +1,135 @@
+"""The benchmarks run end to end at a tiny shape; what they measure is exact. No clock is judged."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import case, entropy, harness
+from benchmarks.__main__ import main
+from benchmarks.rows import GROUPS, Comparison, Row, Variant, find_row, rows_of
+
+import kelib
+from kelib.errors import KelibError
+from kelib.tables import read_provenance, read_table
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux")
+
+
+@LINUX
+def test_a_row_end_to_end_through_subprocesses(tmp_path) -> None:
+    row = find_row("knowledge-512")
+    records = harness.run_row(row, row.tiny)
+    assert [record["quantity"] for record in records] == ["time", "memory"]
+    timed = records[0]
+    assert timed["ours"] > 0 and timed["baseline"] > 0 and timed["repeats"] == 2
+    assert timed["ratio"] == pytest.approx(timed["ours"] / timed["baseline"])
+    assert timed["ratio_low"] <= timed["ratio_high"]
+    assert timed["model"] == "llama d=16 m=32 2 layers V=64, 2 x 2 x 16 tokens"
+    path = tmp_path / "bench.csv"
+    harness.write(records, path, {"threads": 1}, load=0.5)
+    table = read_table(path)
+    assert list(table.columns) == list(harness.COLUMNS)
+    assert table.ratio.to_numpy() == pytest.approx([record["ratio"] for record in records])
+    note = read_provenance(path)
+    assert note["machine"]["cores"] >= 1 and note["machine"]["load_at_start"] == 0.5
+    assert note["parameters"] == {"threads": 1} and note["versions"]["torch"]
+
+
+@pytest.mark.parametrize("name", list(rows_of()))
+def test_every_row_prepares_what_it_compares(name) -> None:
+    row = find_row(name)
+    variants = row.prepare({**row.settings, **row.tiny})
+    for comparison in row.comparisons:
+        for needed in comparison.variants:
+            variants[needed].run()
+
+
+def test_variants_that_are_compared_compute_the_same() -> None:
+    model, batches = entropy.random_model(entropy.TINY), entropy.random_batches(entropy.TINY)
+    measured = kelib.measure_entropy(model, batches, attention=True)
+    cached = entropy.cache_activations(model, batches)
+    assert cached.numpy() == pytest.approx(measured.knowledge_entropy, rel=1e-6)
+    sequences = sum(len(batch["input_ids"]) for batch in batches)
+    for other in (
+        entropy.eager_attention(entropy.lean_entropy, model, batches),
+        entropy.eager_attention(entropy.plain_entropy, model, batches),
+        entropy.output_attentions(model, batches),
+    ):
+        assert measured.attention_entropy == pytest.approx(other.numpy() / sequences, abs=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@LINUX
+def test_peak_memory_is_that_of_the_largest_moment() -> None:
+    size = 64 * 1024 * 1024  # bytes of one tensor
+
+    def two_at_once() -> None:
+        first = torch.ones(size // 4)
+        second = torch.ones(size // 4)
+        del first, second
+        torch.ones(size // 8)
+
+    peak = case.peak_memory(Variant(two_at_once))
+    assert peak == pytest.approx(2 * size / 1e6, rel=0.1)
+
+
+def test_time_is_per_unit_and_every_other_round_runs_backwards() -> None:
+    order: list[str] = []
+    variants = {
+        name: Variant(lambda name=name: order.append(name), units)
+        for name, units in (("a", 1), ("b", 4))
+    }
+    found = case.time_in_turn(variants, 3)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"  # the first round warms up
+    assert [len(found[name][clock]) for name in "ab" for clock in ("wall", "cpu")] == [3] * 4
+
+
+def test_ratios_medians_quartiles_and_verdicts() -> None:
+    seconds = {
+        "ours": {"wall": [1.5, 2.5, 9.0], "cpu": [1.5, 2.5, 3.0]},
+        "other": {"wall": [3.0, 5.0, 5.0], "cpu": [3.0, 5.0, 5.0]},
+        "base": {"wall": [1.0, 1.0, 1.0], "cpu": [1.0, 1.0, 1.0]},
+    }
+    less = Comparison("time", "ours", "other", ">=", 2, floor="base")
+    found = harness._of_time(less, seconds)
+    assert less.text == "(other - base) / (ours - base)"
+    assert found["ratio"] == pytest.approx(4.0 / 1.5)  # medians 5, 2.5 and 1
+    # rounds give 4, 4 / 1.5 and 4 / 8
+    assert (found["ratio_low"], found["ratio_high"]) == pytest.approx(
+        tuple(np.quantile([4.0, 4 / 1.5, 0.5], [0.25, 0.75]))
+    )
+    assert found["met"] == "yes"
+    most = Comparison("time", "ours", "other", "<=", 0.4)
+    assert harness._of_time(most, seconds)["met"] == "no"
+    assert Comparison("memory", "ours", "other", ">=", None).met(3.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nowhere"], "no benchmark 'nowhere'; there is all-three-512,"),
+        (["nothing"], "no group of benchmarks 'nothing'; there is entropy"),
+        (["entropy", "--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["entropy", "--threads", "0"], "--threads 0 must be at least 1"),
+        (["--output", "x.csv"], "name a group or a row"),
+    ],
+)
+def test_a_wrong_call_is_refused_in_one_line(arguments, message, capsys) -> None:
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_case_that_fails_says_so() -> None:
+    row = find_row("knowledge-512")
+    with pytest.raises(KelibError, match=r"knowledge-512 \(time\) failed: no variant 'magic'"):
+        harness.run_case(row.name, "time", ["magic"], row.tiny, 1)
+
+
+def test_all_rows_are_listed(capsys) -> None:
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(rows_of())
+    assert all(isinstance(row, Row) for group in GROUPS for row in rows_of(group).values())
