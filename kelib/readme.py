@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kelib.config import PROTOCOL, Profile, load_profile
+from kelib.config import Profile, load_profile
 from kelib.errors import KelibError, listing
 from kelib.results import Tables, open_tables
 from kelib.study import peak_step
@@ -52,9 +52,11 @@ def replace_generated(text: str, name: str, content: str) -> str:
 
 def controls_markdown(tables: Tables) -> str:
     """The gain in K that is due to injection, first to last stage, at every CL rate."""
-    runs = protocol_runs(tables.table("continual"))
+    runs = tables.table("continual")
     keys = ["learning_rate", "stage_step"]
-    means = runs.groupby([*keys, "injected"])["k_cl"].mean().unstack("injected")
+    # pairs of the same CL seed: not every seed need have a control
+    pairs = runs.pivot_table(index=["seed", *keys, "cl_seed"], columns="injected", values="k_cl")
+    means = pairs.dropna().groupby(keys).mean()
     gain = means[True] - means[False]
     parts = []
     swept = set(runs["learning_rate"])
@@ -226,7 +228,7 @@ def _entropies_words(name: str, tables: Tables) -> str:
 
 def _stages_words(tables: Tables) -> str:
     rate, runs = tables.profile.continual.learning_rates[0], tables.table("continual")
-    runs = protocol_runs(runs)[lambda t: t["injected"] & (t["learning_rate"] == rate)]
+    runs = runs[runs["injected"] & (runs["learning_rate"] == rate)]
     ends = runs.groupby("stage_step")[["acquisition", "forgetting_over_chance"]].mean() * 100
     first, last = ends.iloc[0], ends.iloc[-1]
     acquired = f"A {first['acquisition']:.1f} → {last['acquisition']:.1f} %"
@@ -241,11 +243,6 @@ def _resuscitation_words(tables: Tables) -> str:
     gain = after.loc[1.0] - after.loc[0.0]
     woken = f"K {gain['k_cl']:+.3f} nats, P {100 * gain['p_cl']:+.1f} points"
     return f"CL rate {rate:g}: q = 1 minus original, {woken}"
-
-
-def protocol_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs by the protocol, without the variants of it (earlier tables had none)."""
-    return runs[runs["variant"] == PROTOCOL] if "variant" in runs else runs
 
 
 def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | None]) -> None:

@@ -28,7 +28,7 @@ from kelib.study_tables import (
 from kelib.tables import library_digest, provenance, read_provenance, read_table, write_table
 
 MEASURED = ("entropy", "entropies", "panel", "convergence", "checkpoints")
-TABLES = ("pretraining", *MEASURED, "curves", "continual", "interventions")
+TABLES = ("pretraining", *MEASURED, "curves", "variants", "continual", "interventions")
 
 
 def open_study(
@@ -91,8 +91,10 @@ def measure(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def continual(study: Study) -> pd.DataFrame:
-    """Stage 3: continual learning from every stage, rate and seed, with and without injection, and
-    the variants of the protocol; with learning curves where the profile asks for them.
+    """Stage 3: continual learning from every stage, rate and seed, with and without injection.
+
+    Learning curves and variants of the protocol, where the profile asks for them, are tables of
+    their own.
     """
     entropy = table(study, "entropy")
     grid = study.continual_grid(entropy)
@@ -101,8 +103,14 @@ def continual(study: Study) -> pd.DataFrame:
     curves = curves_table(grid)
     if not curves.empty:
         _write(study, "curves", curves, ["entropy"], [r for r in runs if r.settings["curve"]])
-    rows = continual_table(study, grid, table(study, "checkpoints"), entropy)
-    return _write(study, "continual", rows, ["entropy", "checkpoints"], runs)
+    checkpoints, inputs = table(study, "checkpoints"), ["entropy", "checkpoints"]
+    tables = {}
+    for name, wanted in (("variants", False), ("continual", True)):
+        part = [(variant, run) for variant, run in grid if (variant == PROTOCOL) == wanted]
+        if part:
+            rows = continual_table(study, part, checkpoints, entropy)
+            tables[name] = _write(study, name, rows, inputs, [run for _, run in part])
+    return tables["continual"]
 
 
 def intervene(study: Study) -> pd.DataFrame:
@@ -117,8 +125,7 @@ def intervene(study: Study) -> pd.DataFrame:
     originals = table(study, "continual")
     last = originals["stage_step"] == study.profile.pretraining.steps
     rates = originals["learning_rate"].isin(study.profile.interventions.learning_rates)
-    same = last & rates & originals["injected"] & (originals["variant"] == PROTOCOL)
-    rows = pd.concat([originals[same], resuscitated])
+    rows = pd.concat([originals[last & rates & originals["injected"]], resuscitated])
     return _write(study, "interventions", rows, ["entropy", "checkpoints", "continual"], runs)
 
 

@@ -364,7 +364,7 @@ def test_the_figures_in_markdown(root: Path) -> None:
 
 def test_the_control_in_words(root: Path) -> None:
     text = controls_markdown(open_tables("small", "measurements"))
-    assert "3.00 → 3.50 at 0.006, 0.50 → 0.25 at 0.001." in text
+    assert "3.10 → 3.60 at 0.006, 0.50 → 0.25 at 0.001." in text
 
 
 def test_the_protocol_in_markdown(root: Path) -> None:
