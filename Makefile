@@ -6,8 +6,8 @@ PROFILE ?= small
 include env.mk
 
 # the code that computes; drawing, claims and notebooks are not part of it
-COMPUTE := $(filter-out $(addprefix kelib/,plots.py plots_entropy.py results.py claims.py verdicts.py \
-	reference.py readme.py notebooks.py __main__.py),$(wildcard kelib/*.py))
+COMPUTE := $(filter-out $(addprefix kelib/,plots.py plots_entropy.py plots_learning.py plots_published.py \
+	trends.py results.py claims.py verdicts.py reference.py readme.py notebooks.py __main__.py),$(wildcard kelib/*.py))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -18,7 +18,7 @@ AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig06_other_family
 AFTER_4 := fig04_stages fig05_resuscitation tab00_claims
 FIGURES := $(AFTER_2) $(AFTER_4)
 # what drawing rests on: a change of the compute code alone does not redraw
-DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py plots_entropy.py results.py \
+DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py plots_entropy.py trends.py results.py \
 	tables.py config.py study.py)
 
 .PHONY: help figures study test check format data status notebooks bench reference clean search lab

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from kelib.__main__ import main
-from kelib.packing import save_tokenizer, train_tokenizer
 from kelib.entropy import EntropyMeasurement, measure_entropy
 from kelib.errors import KelibError
+from kelib.packing import save_tokenizer, train_tokenizer
 from kelib.pretrained import locate
 
 FAMILIES = ("olmo", "gpt_neox", "gpt2")

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from kelib import plots, plots_entropy
+from kelib import plots, plots_entropy, trends
 
 NAMES = {"absolute": "absolute", "relu": "ReLU"}
 
@@ -49,32 +49,30 @@ def text_of(ax: Axes) -> list[str]:
 def test_changes_are_from_each_seeds_own_first_stage() -> None:
     table = lines_by_seed({100: [5.0, 4.0, 3.5], 101: [6.0, 5.5, 5.75]}, [10, 20, 40], "absolute")
     stages = {100: {"25%": 10, "100%": 40}, 101: {"50%": 20, "100%": 40}}
-    changes = plots_entropy.stage_changes(table, "nats", ["kind"], stages)
+    changes = trends.stage_changes(table, "nats", ["kind"], stages)
     assert changes.set_index("seed")["change"].to_dict() == {100: -1.5, 101: 0.25}
     assert changes.set_index("seed")["first"].to_dict() == {100: 5.0, 101: 5.5}
-    words = plots_entropy.change_words(changes, "nats")
+    words = trends.change_words(changes, "nats")
     # half width: t(0.975, 1) = 12.706 times the standard error 0.875
     assert words == "falls in 1 of 2 seed(s), mean change -0.625 nats [-11.743, +10.493]"
 
 
 def test_order_of_stages_does_not_matter() -> None:
     table = lines_by_seed({100: [5.0, 4.0]}, [10, 40], "absolute")
-    changes = plots_entropy.stage_changes(table, "nats", ["kind"], {100: {"100%": 40, "25%": 10}})
+    changes = trends.stage_changes(table, "nats", ["kind"], {100: {"100%": 40, "25%": 10}})
     assert changes["change"].tolist() == [-1.0]
 
 
 def test_one_seed_has_no_interval_in_words_or_tables() -> None:
     changes = pd.DataFrame({"kind": ["relu"], "seed": 100, "first": 2.0, "last": 1.5})
     changes["change"] = changes["last"] - changes["first"]
-    words = plots_entropy.change_words(changes, "points", 1, 100)
+    words = trends.change_words(changes, "points", 1, 100)
     assert words == "falls in 1 of 1 seed(s), mean change -50.0 points"
-    (row,) = plots_entropy.change_table(changes, "kind", {"relu": "ReLU"}, 1, 100).to_dict(
-        "records"
-    )
+    (row,) = trends.change_table(changes, "kind", {"relu": "ReLU"}, 1, 100).to_dict("records")
     assert (row["n"], row["first"], row["last"], row["change"]) == (1, 200, 150, -50)
     assert row["falls"] == "1 of 1" and "no interval" in row["95 % t"]
-    assert "no interval" in plots_entropy.seeds_note(1)
-    assert plots_entropy.interval_words(1) == "one pretraining seed"
+    assert "no interval" in trends.seeds_note(1)
+    assert trends.interval_words(1) == "one pretraining seed"
 
 
 def test_table_of_changes_follows_the_names_and_counts_falls() -> None:
@@ -83,7 +81,7 @@ def test_table_of_changes_follows_the_names_and_counts_falls() -> None:
     )
     changes["change"] = [-1.0, -2.0, -3.0, 0.5, -0.5, 0.0]
     changes["last"] = changes["first"] + changes["change"]
-    table = plots_entropy.change_table(changes, "kind", {"relu": "ReLU", "absolute": "abs"})
+    table = trends.change_table(changes, "kind", {"relu": "ReLU", "absolute": "abs"})
     assert table[""].tolist() == ["ReLU", "abs"]
     assert table["falls"].tolist() == ["1 of 3", "3 of 3"]  # unchanged is no fall
     # t(0.975, 2) = 4.303, standard error 1 / sqrt(3)
@@ -92,20 +90,20 @@ def test_table_of_changes_follows_the_names_and_counts_falls() -> None:
 
 @pytest.mark.parametrize(("n", "cut"), [(2, True), (3, True), (4, False), (5, False)])
 def test_note_says_n_and_when_bands_are_cut(n: int, cut: bool) -> None:
-    note = plots_entropy.seeds_note(n)
+    note = trends.seeds_note(n)
     assert f"95 % t interval over n = {n} seeds" in note and ("cut" in note) is cut
-    assert plots_entropy.interval_words(n) == f"95 % t interval over n = {n} pretraining seeds"
+    assert trends.interval_words(n) == f"95 % t interval over n = {n} pretraining seeds"
 
 
 def test_seeds_without_stages_after_the_peak_are_counted() -> None:
     stages = {100: {"50%": 30, "100%": 60}, 101: {"50%": 30, "100%": 60}}
-    assert plots_entropy.unfallen_words({100: 15, 101: 29}, stages) == ""
-    words = plots_entropy.unfallen_words({100: 15, 101: 60}, stages)
+    assert trends.unfallen_words({100: 15, 101: 29}, stages) == ""
+    words = trends.unfallen_words({100: 15, 101: 60}, stages)
     assert "1 of 2 seed(s)" in words and words.startswith(" ")
 
 
 def test_marks_are_printed_by_seed() -> None:
-    table = plots_entropy.marks_table({100: 15}, {100: {"50%": 30, "100%": 60}})
+    table = trends.marks_table({100: 15}, {100: {"50%": 30, "100%": 60}})
     assert table.to_dict("records") == [{"seed": 100, "peak": 15, "stages": "30 (50%), 60 (100%)"}]
 
 
@@ -114,7 +112,7 @@ def test_rank_correlations_by_seed_and_phase() -> None:
     table = pd.DataFrame({"seed": 100, "step": [0, 1, 10, 20, 40], "entropy": h, "loss": h[::-1]})
     table = pd.concat([table, table.assign(seed=101, loss=table["entropy"] ** 2, flat=0.0)])
     table["flat"] = 1.0
-    found = plots_entropy.rank_correlations(table, "entropy", ["loss", "flat"], {100: 10, 101: 20})
+    found = trends.rank_correlations(table, "entropy", ["loss", "flat"], {100: 10, 101: 20})
     by = found.set_index(["seed", "phase", "y"])["spearman"]
     assert by[100, "after", "loss"] == pytest.approx(-0.5)  # 8 7 6 against 8 5 9
     # entropy ranks 5 1 4 3 2, loss reversed: squared rank differences 9 + 4 + 0 + 4 + 9
@@ -129,13 +127,11 @@ def test_correlations_over_layers_are_means_over_checkpoints_from_the_peak_on() 
     panel = pd.DataFrame({"seed": 100, "step": np.repeat([1, 10, 20], 3), "layer": [0, 1, 2] * 3})
     panel["entropy"] = [1.0, 2, 3] * 3
     panel["gini"] = [1.0, 2, 3, 3, 2, 1, 3, 1, 2]  # 1 before the peak, then -1 and -0.5
-    (row,) = plots_entropy.layer_correlations(panel, "entropy", ["gini"], {100: 10}).to_dict(
-        "records"
-    )
+    (row,) = trends.layer_correlations(panel, "entropy", ["gini"], {100: 10}).to_dict("records")
     assert row["spearman"] == pytest.approx(-0.75)
     assert (row["seed"], row["phase"], row["y"], row["n"]) == (100, "layers", "gini", 3)
     two = panel[panel["layer"] < 2]
-    found = plots_entropy.layer_correlations(two, "entropy", ["gini"], {100: 10})
+    found = trends.layer_correlations(two, "entropy", ["gini"], {100: 10})
     assert found["spearman"].isna().all() and len(found) == 1
 
 
@@ -169,7 +165,7 @@ def test_with_enough_seeds_the_whole_band_is_shown(ax: Axes) -> None:
     values = {100 + i: [v, v] for i, v in enumerate([1.0, 1.0, 1.0, 1.0, 3.0])}
     table = lines_by_seed(values, [1, 10], "absolute")
     plots_entropy.along_pretraining(table, ax, "nats", "", "kind", {"absolute": "H"})
-    low = plots_entropy.over_seeds(table, "nats", ["step"])["low"].min()
+    low = trends.over_seeds(table, "nats", ["step"])["low"].min()
     assert low < 1 and ax.get_ylim()[0] < low
 
 

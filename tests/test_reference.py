@@ -303,11 +303,11 @@ def replant(root: Path, table: str, profile: str = "small", step: int = 1) -> No
         ),
         (
             lambda root: (root / "figures/small/fig02_knowledge_entropy.pdf").unlink(),
-            r"no fig02_knowledge_entropy.pdf in .*small: delete fig02_knowledge_entropy.json and run make figures PROFILE=small",
+            r"no fig02_\w+.pdf in .*small: delete fig02_\w+.json and run make figures PROFILE=small",
         ),
         (
             lambda root: replant(root, "entropy"),
-            r"fig02_knowledge_entropy was drawn from another entropy.csv: delete fig02_knowledge_entropy.json and run make figures",
+            r"fig02_\w+ was drawn from another entropy.csv: delete fig02_\w+.json and run make",
         ),
     ],
     ids=["table", "provenance", "changed", "profile", "figures", "pdf", "older"],
