@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
@@ -34,7 +35,7 @@ def by_layer(entropy: pd.DataFrame, ax: Axes, by: str) -> Axes:
         )
     bound = entropy.groupby("layer")["bound_nats"].max()
     ax.plot(bound.index + 1, bound, ":", color="0.5", lw=0.9, label="bound")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     ax.set_xlabel("layer")
     ax.set_ylabel("entropy (nats)")
     return ax

@@ -217,7 +217,8 @@ def names(folder: Path) -> list[str]:
 
 
 def test_promotion(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    here, other = root / "notebooks" / "fig02_knowledge_entropy.ipynb", root / "notebooks" / "ours_search.ipynb"
+    folder = root / "notebooks"
+    here, other = folder / "fig02_knowledge_entropy.ipynb", folder / "ours_search.ipynb"
     notebook(here, NOTEBOOK.format("small/pretraining.csv"), "small")
     notebook(other, NOTEBOOK.format("search/entropy.csv"))  # there is no such reference yet
     notebook(root / "notebooks" / "tab00_claims.ipynb", "1", "small")
@@ -254,14 +255,16 @@ def test_promotion(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_search_is_promoted_on_its_own(root: Path) -> None:
     """Its parameters are no profile, and neither README nor figure notebooks show it."""
-    folder = measure(root, SEARCH, {"profile": SEARCH, "regimes": {"a/0": "abc"}}, ("entropy", "checkpoints"))
+    parameters = {"profile": SEARCH, "regimes": {"a/0": "abc"}}
+    folder = measure(root, SEARCH, parameters, ("entropy", "checkpoints"))
     tables = open_tables(SEARCH, "measurements")
     assert tables.label == "profile search · pretraining seed 100"
     with pytest.raises(KelibError, match=r"unknown key regimes"):
         _ = tables.profile
     with mpl.rc_context():
         save_figure(plots.panels(1)[0], "ours_search", planted()["entropy"], tables, ["entropy"])
-    here, other = root / "notebooks" / "ours_search.ipynb", root / "notebooks" / "fig02_knowledge_entropy.ipynb"
+    notebooks = root / "notebooks"
+    here, other = notebooks / "ours_search.ipynb", notebooks / "fig02_knowledge_entropy.ipynb"
     notebook(here, NOTEBOOK.format("search/checkpoints.csv"))
     notebook(other, NOTEBOOK.format("small/pretraining.csv"), "small")
     promote(SEARCH)
@@ -303,7 +306,7 @@ def replant(root: Path, table: str, profile: str = "small", step: int = 1) -> No
         ),
         (
             lambda root: (root / "figures/small/fig02_knowledge_entropy.pdf").unlink(),
-            r"no fig02_\w+.pdf in .*small: delete fig02_\w+.json and run make figures PROFILE=small",
+            r"no fig02_\w+.pdf in .*small: delete fig02_\w+.json and run make figures PROFILE=",
         ),
         (
             lambda root: replant(root, "entropy"),
