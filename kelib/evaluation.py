@@ -24,7 +24,7 @@ class Evaluation:
     """Item-level results; no text, so that they may be kept and published.
 
     probes: columns entry, entry_set, level, probe, log_probability (nats, sum over the target),
-        tokens.
+        tokens (of the target), padded (of the longest probe of the entry, context included).
     questions: columns task, item, correct, margin (nats, right choice minus best wrong one).
     losses: nats per token on held-out text of each corpus.
     """
@@ -34,11 +34,13 @@ class Evaluation:
     losses: dict[str, float]
 
     def summary(self) -> dict[str, float]:
-        """One flat row: k (Eq. 4) and its parts by set and level, p and its parts by task,
-        losses.
+        """One flat row: k (Eq. 4) and its parts by set and level, k_padded, p and its parts by
+        task, losses.
         """
         by_task = self.questions.groupby("task")["correct"].mean()
         row = {"k": knowledge_score(self.probes), "p": float(by_task.mean())}
+        # as the authors' code normalises, if a batch is the probes of one entry
+        row["k_padded"] = knowledge_score(self.probes, "padded")
         for part in ("entry_set", "level"):
             table = knowledge_by(self.probes, [part]).set_index(part)["knowledge"]
             row |= {f"k_{name}": float(value) for name, value in table.items()}
@@ -74,6 +76,8 @@ def score_probes(model: Any, tokenizer: Any, world: World) -> pd.DataFrame:
     probes = pd.DataFrame(keys, columns=["entry", "entry_set", "level", "probe"])
     probes["log_probability"] = [score.log_probability for score in scores]
     probes["tokens"] = [score.tokens for score in scores]
+    read = probes["tokens"] + [score.context for score in scores]
+    probes["padded"] = read.groupby([probes["entry_set"], probes["entry"]]).transform("max")
     return probes
 
 

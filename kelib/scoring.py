@@ -31,12 +31,14 @@ class Score:
     """How probable a continuation is.
 
     ``log_probability``: sum over its tokens (nats, at most 0); ``is_greedy``: every token of it is
-    the most probable one; ``tokens``: its length; ``truncated``: context tokens cut on the left.
+    the most probable one; ``tokens``: its length; ``context``: tokens of the context that were
+    read; ``truncated``: those cut on the left.
     """
 
     log_probability: float
     is_greedy: bool
     tokens: int
+    context: int
     truncated: int = 0
 
 
@@ -88,7 +90,9 @@ def score_continuations(
     finally:
         model.train(was_training)
     return [
-        Score(float(total), bool(greedy), request.target, request.truncated)
+        Score(
+            float(total), bool(greedy), request.target, len(request.context), request.truncated
+        )
         for request, total, greedy in zip(encoded, sums.total, sums.greedy, strict=True)
     ]
 

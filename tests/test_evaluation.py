@@ -27,6 +27,7 @@ def test_a_row_for_every_probe_and_question_and_no_text(found, world):
         "probe",
         "log_probability",
         "tokens",
+        "padded",
     ]
     counts = found.probes.groupby(["entry_set", "entry"]).size()
     assert counts.to_dict() == {
@@ -51,6 +52,8 @@ def test_probes_are_scored_one_by_one(found, model_of, tokenizer, world):
             expected = [score.log_probability for score in scores]
             np.testing.assert_allclose(rows["log_probability"], expected, atol=1e-4)
             assert rows["tokens"].to_list() == [score.tokens for score in scores]
+            longest = max(score.context + score.tokens for score in scores)
+            assert (rows["padded"] == longest).all()
             assert rows["level"].to_list() == [probe.level for probe in entry.probes]
             assert rows["probe"].to_list() == list(range(15))
 
@@ -68,7 +71,7 @@ def test_questions_are_answered_by_the_most_probable_choice(found, model_of, tok
 
 def test_the_summary_has_a_number_for_every_part(found):
     summary = found.summary()
-    expected = {"k", "p", "k_once", "k_paraphrase", "loss_general", "loss_domain"}
+    expected = {"k", "k_padded", "p", "k_once", "k_paraphrase", "loss_general", "loss_domain"}
     expected |= {f"k_{level}" for level in LEVELS} | {f"p_{task}" for task in TASKS}
     assert set(summary) == expected
     assert all(type(value) is float and np.isfinite(value) for value in summary.values())
@@ -86,6 +89,11 @@ def test_k_is_the_nested_mean(found):
     assert summary["k_once"] == pytest.approx(means["once"])
     assert summary["k_paraphrase"] == pytest.approx(means["paraphrase"])
     assert summary["k"] == pytest.approx((3 * means["once"] + 2 * means["paraphrase"]) / 5)
+    padded = found.probes.assign(each=found.probes["log_probability"] / found.probes["padded"])
+    entries = padded.groupby(["entry_set", "entry"])["each"].mean().groupby("entry_set").mean()
+    assert summary["k_padded"] == pytest.approx(
+        (3 * entries["once"] + 2 * entries["paraphrase"]) / 5
+    )
     levels = [summary[f"k_{level}"] for level in LEVELS]
     assert np.mean(levels) == pytest.approx(summary["k"])  # five probes in each
 

@@ -49,7 +49,7 @@ def reference(model, tokenizer, context, continuation):
         row = logits[place - 1]
         total += float(row[token] - row.logsumexp(0))
         greedy &= int(row.argmax()) == token
-    return Score(total, greedy, target, cut)
+    return Score(total, greedy, target, len(ids) - target, cut)
 
 
 def assert_equal(found, expected):
