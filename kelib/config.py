@@ -209,15 +209,6 @@ class Continual:
 
     def __post_init__(self) -> None:
         at_least(self, steps=1, batch_size=1, injections=1)
-        for name in ("control_seeds", "curve_seeds"):
-            seeds = getattr(self, name) or ()
-            require(
-                set(seeds) <= set(self.seeds), f"continual.{name}", seeds, f"among {self.seeds}"
-            )
-        names = [variant.name for variant in self.variants]
-        require(
-            len(set(names)) == len(names), "continual.variants", names, "a list of distinct names"
-        )
         require(
             self.steps % self.injections == 0,
             "continual.steps",
@@ -233,6 +224,29 @@ class Continual:
             require(rate > 0, "continual.learning_rates", rate, "above 0")
         unique(self, "learning_rates", "seeds", "stages")
         at_least_each(self, 0, "seeds")
+        for name in ("control_seeds", "curve_seeds"):
+            seeds = getattr(self, name) or ()
+            require(
+                set(seeds) <= set(self.seeds), f"continual.{name}", seeds, f"among {self.seeds}"
+            )
+        for variant in self.variants:
+            steps, size = variant.steps or self.steps, variant.batch_size or self.batch_size
+            require(
+                steps % self.injections == 0,
+                "variant.steps",
+                steps,
+                f"a multiple of the {self.injections} injections",
+            )
+            require(
+                (steps * size) % variant.epochs == 0,
+                "variant.epochs",
+                variant.epochs,
+                f"a divisor of the {steps * size} sequences read",
+            )
+        names = [variant.name for variant in self.variants]
+        require(
+            len(set(names)) == len(names), "continual.variants", names, "a list of distinct names"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

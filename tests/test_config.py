@@ -30,6 +30,9 @@ def values():
     return yaml.safe_load((PARAMS / "smoke.yaml").read_text("utf-8"))
 
 
+VARIANT = {"name": "a", "learning_rates": [1.0e-3], "seeds": [0]}
+
+
 def refuses(message, values, overrides=None):
     with pytest.raises(KelibError, match=re.escape(message)) as caught:
         profile_from(values, overrides)
@@ -276,3 +279,50 @@ def test_broken_yaml_is_one_line(tmp_path):
         read_yaml(path)
     with pytest.raises(KelibError, match=r"cannot read .*other.yaml: No such file"):
         read_yaml(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"control_seeds": [7]}, "continual.control_seeds = (7,) must be among (0, 1)"),
+        ({"curve_seeds": [0, 9]}, "continual.curve_seeds = (0, 9) must be among (0, 1)"),
+        ({"variants": [{"name": "a"}]}, "missing key continual.variants[0].learning_rates: add it"),
+        ({"variants": [VARIANT, VARIANT]}, "continual.variants = ['a', 'a'] must be a list of dis"),
+        (
+            {"variants": [VARIANT | {"text": "c4"}]},
+            "variant.text = 'c4' must be one of domain, gen",
+        ),
+        ({"variants": [VARIANT | {"name": "protocol"}]}, "'protocol' must be another name"),
+        ({"variants": [VARIANT | {"epochs": 0}]}, "variant.epochs = 0 must be at least 1"),
+        (
+            {"variants": [VARIANT | {"steps": 15}]},
+            "variant.steps = 15 must be a multiple of the 10",
+        ),
+        (
+            {"variants": [VARIANT | {"epochs": 3}]},
+            "variant.epochs = 3 must be a divisor of the 320 sequences read",
+        ),
+    ],
+)
+def test_departures_from_the_protocol_are_checked(values, changes, message):
+    refuses(message, values, {f"continual.{name}": value for name, value in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.precision", "fp8", "training.precision = 'fp8' must be float32 or bf16"),
+        ("training.micro_batch_size", 0, "training.micro_batch_size = 0 must be at least 1"),
+        ("training.fast", True, "unknown key training.fast: valid keys are compile, micro_batch"),
+        ("comparison.model_type", "olmo", "comparison.model_type = 'olmo' must be another family"),
+    ],
+)
+def test_how_training_is_computed_is_checked(values, key, value, message):
+    refuses(message, values, {key: value})
+
+
+def test_sections_with_defaults_need_not_be_in_the_file(values):
+    profile = profile_from(values, {"training.micro_batch_size": 4})
+    assert (profile.training.micro_batch_size, profile.training.precision) == (4, "float32")
+    del values["comparison"]
+    assert profile_from(values).comparison is None

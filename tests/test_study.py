@@ -33,9 +33,11 @@ SMALL = {
     "pretraining.checkpoints": [2, 4, 8, 20],
     "continual.steps": 10,
     "continual.seeds": [0],
+    "continual.variants": [],
     "continual.learning_rates": [6.0e-3],
     "interventions.factors": [1.0, 3.0],
 }
+DATA = ("mixture", "facts", "general", "domain")
 MEASURED = {"corpus", "pretrain", "entropy", "evaluate"}
 IDENTITY = ["seed", "stage_step", "stage_label", "learning_rate", "cl_seed", "injected"]
 CHANGE = ["intervention", "ratio", "factor"]
@@ -87,6 +89,40 @@ def test_entropy_has_a_row_per_seed_checkpoint_and_layer(finished):
     untrained = table[table["step"] == 0]["entropy_nats"]
     assert (untrained > 0.95 * math.log(64)).all()  # near the bound by construction
     assert table.groupby("seed")["entropy_nats"].sum().nunique() == len(SEEDS)
+
+
+def test_all_entropies_have_their_rows(finished):
+    table = finished.tables["entropies"]
+    keys = ["model", "seed", "step", "data", "kind", "coefficient", "layer"]
+    assert not table.duplicated(keys).any()
+    of_one = {  # rows of a checkpoint by data, kind and definition
+        **{("mixture", "knowledge", name): LAYERS for name in ("absolute", "relu", "contribution")},
+        **{(d, "knowledge", "absolute"): LAYERS for d in ("facts", "general", "domain")},
+        **{(d, "attention", "absolute"): LAYERS for d in DATA},
+        **{(d, "next_token", "absolute"): 1 for d in DATA},
+    }
+    for _, part in table.groupby(["model", "seed", "step"]):
+        assert part.groupby(["data", "kind", "coefficient"]).size().to_dict() == of_one
+    assert len(table) == 2 * len(SEEDS) * len(CHECKPOINTS) * sum(of_one.values())
+    assert np.isfinite(table["entropy_nats"]).all() and (table["entropy_nats"] > 0).all()
+    assert (table["standard_error"] > 0).all()
+    knowledge = table["kind"] == "knowledge"
+    assert (table["entropy_nats"] <= table["bound_nats"])[knowledge].all()
+    assert table["bound_nats"][~knowledge].isna().all()
+    same = table[(table["model"] == "olmo") & (table["data"] == "mixture") & knowledge]
+    same = same[same["coefficient"] == "absolute"].reset_index(drop=True)
+    assert same["entropy_nats"].equals(finished.entropy["entropy_nats"])
+
+
+def test_the_panel_and_the_convergence(finished):
+    panel, rows = finished.tables["panel"], finished.tables["convergence"]
+    assert len(panel) == 2 * len(SEEDS) * len(CHECKPOINTS) * LAYERS
+    own = panel[panel["model"] == "olmo"]["knowledge_entropy"]
+    assert np.allclose(own, finished.entropy["entropy_nats"], rtol=1e-12)
+    assert panel[panel["model"] == "gpt_neox"]["gate_norm"].isna().all()  # it has no gate
+    assert set(rows["model"]) == {"olmo"}
+    assert set(rows["step"]) == set(finished.study.near_stages()) == {20, 40}
+    assert len(rows) == len(SEEDS) * 2 * 7  # 1 to 64 blocks
 
 
 def test_checkpoints_have_a_row_per_seed_and_step(finished):
@@ -363,7 +399,8 @@ def entropy():
 def test_the_grid_is_complete_and_has_no_run_twice(entropy, tmp_path):
     study = Study(load_profile("smoke"), tmp_path)
     runs = [run for _, run in study.continual_grid(entropy)]
-    assert len(runs) == 2 * 2 * 2 * 2 * 2  # rates, CL seeds, with and without, seeds, stages 30, 60
+    places = 2 * 2  # seeds, stages 30 and 60
+    assert len(runs) == places * (2 * (2 + 1) + 3)  # rates, CL seeds and a control; variants
     woken = [run for _, run in study.intervention_grid()]
     assert len(woken) == 1 * 2 * 1 * 4 * 2  # rates, CL seeds, p, q, seeds
     assert len(digests(study, entropy)) == len(runs) + len(woken)
@@ -373,10 +410,52 @@ def test_the_grid_is_complete_and_has_no_run_twice(entropy, tmp_path):
     assert len(study.measure_runs()) == 3 * 2 * 9  # entropies of two models, knowledge of one
 
 
+def test_controls_curves_and_variants(entropy, tmp_path):
+    study = Study(load_profile("smoke"), tmp_path)
+    grid = study.continual_grid(entropy)
+    names = pd.Series([name for name, _ in grid]).value_counts()
+    places = 2 * 2  # seeds, stages
+    assert names["protocol"] == places * 2 * (2 + 1)  # rates, CL seeds and one control
+    assert names.drop("protocol").to_dict() == dict.fromkeys(
+        ("batch x 2", "2 epochs", "general text"), places
+    )
+    for name, run in grid:
+        s = run.settings
+        plan = s["continual"]
+        assert s["injected"] or (name == "protocol" and s["cl_seed"] == 0)
+        assert s["curve"] == (name == "protocol" and s["cl_seed"] == 0)
+        assert s["text"] == ("unread" if name == "general text" else "domain")
+        assert s["epochs"] == (2 if name == "2 epochs" else 1)
+        read = {"batch x 2": (10, 32), "2 epochs": (40, 16)}.get(name, (20, 16))
+        assert (plan["steps"], plan["batch_size"]) == read
+    everywhere = Study(load_profile("smoke", {"continual.control_seeds": None}), tmp_path)
+    assert len(everywhere.continual_grid(entropy)) == len(grid) + places * 2  # a second control
+
+
+def test_what_an_intervention_does_alone_is_measured_once(entropy, tmp_path):
+    study = Study(load_profile("smoke"), tmp_path)
+    alone = study.intervene_runs()
+    assert (
+        len({run.digest for run in alone}) == len(alone) == 4 * 2
+    )  # q, seeds; not CL seeds, rates
+    assert all(set(run.inputs) == {"corpus", "pretrain", "entropy"} for run in alone)
+
+
+def test_another_model_is_refused(tmp_path):
+    study = Study(load_profile("smoke"), tmp_path)
+    assert study.models == ["olmo", "gpt_neox"]
+    with pytest.raises(KelibError, match=r"no model 'opt' in this study; it has gpt_neox, olmo"):
+        study.pretrain_run(100, "opt")
+    alone = Study(load_profile("smoke", {"comparison": None}), tmp_path)
+    assert alone.models == ["olmo"]
+    with pytest.raises(KelibError, match=r"no model 'gpt_neox' in this study; it has olmo"):
+        alone.pretrain_run(100, "gpt_neox")
+
+
 @pytest.mark.parametrize(
     ("key", "less"),
     [
-        ("continual.seeds", [1]),
+        ("continual.seeds", [0]),
         ("continual.learning_rates", [6.0e-3]),
         ("interventions.factors", [2.0, 1.0]),
         ("seeds", [101]),
