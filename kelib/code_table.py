@@ -37,6 +37,15 @@ CODE = {
     "entropy": ("jobs:entropy", "convergence", "panel", *_ENTROPY),
     "evaluate": ("jobs:evaluate", *_EVALUATION),
     "intervene": ("jobs:intervene", *_CHANGED),
+    "import_model": (
+        *("jobs:import_model", "model_import", "archives", "sources", "parsing", "corpus"),
+        *("checkpoints", "packing", "pretrained", "world", "entries", "dice", "wordings"),
+    ),
+    "published": (
+        *("jobs:published", "published_jobs", "convergence", "corpus"),
+        *_ENTROPY,
+        *_EVALUATION,
+    ),
     "continual": ("jobs:continual", "training", "injection", "continual", *_CHANGED),
 }
 

@@ -41,6 +41,7 @@ from kelib.entropy import measure_entropy
 from kelib.entropy_report import Report
 from kelib.errors import KelibError, listing
 from kelib.launching import agreed, launched
+from kelib.packing import pack_text
 from kelib.pretrained import load_model, locate, quiet, read_tokenizer
 from kelib.processes import Processes
 from kelib.tables import write_atomically
@@ -189,35 +190,6 @@ def _read(
             "give more text, a smaller --length, or leave --uncertainty out"
         )
     return _Input(place, commit, rows, documents)
-
-
-def pack_text(
-    documents: list[str], tokenizer: Any, end: int, length: int, sequences: int
-) -> tuple[np.ndarray, int]:
-    """Token ids ``(n, length)`` int64, n at most ``sequences``, and how many documents were read.
-
-    Documents, each followed by ``end``, are joined and cut; the rest shorter than ``length`` is
-    dropped. Raises KelibError if the tokenizer knows nothing of the text.
-    """
-    special = set(tokenizer.all_special_ids)
-    ids: list[int] = []
-    read, known = 0, False
-    while read < len(documents) and len(ids) < sequences * length:
-        chunk = documents[read : read + 64]
-        # verbose: documents longer than the window are no mistake here
-        options = {"add_special_tokens": False, "verbose": False}
-        for encoded in tokenizer(chunk, **options)["input_ids"]:
-            known = known or not special.issuperset(encoded)
-            ids += [*encoded, end]
-        read += len(chunk)
-        if not known:  # transformers makes an empty tokenizer where the files are missing
-            raise KelibError(
-                f"{tokenizer.name_or_path} has no tokenizer, or one that knows nothing of this "
-                "text; put the model's own tokenizer files (tokenizer.json and "
-                "tokenizer_config.json) beside its weights"
-            )
-    count = min(sequences, len(ids) // length)
-    return np.array(ids[: count * length], dtype=np.int64).reshape(count, length), read
 
 
 def read_documents(text: str) -> list[str]:

@@ -250,6 +250,20 @@ def _write_result(folder: Path, found: Any, model: Any, packed: Any, more: dict[
     (folder / "result.json").write_text(json.dumps(note, indent=1))
 
 
+def import_model(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Fetch a published model and keep it as safetensors."""
+    from kelib import model_import
+
+    model_import.import_model(settings, inputs, folder, progress)
+
+
+def published(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """All entropies of a published model on one text."""
+    from kelib import published_jobs
+
+    published_jobs.published(settings, inputs, folder, progress)
+
+
 def _write_items(folder: Path, prefix: str, found: Any) -> None:
     """Item-level results as CSV; they carry numbers of entries and questions, never their text."""
     tables: dict[str, pd.DataFrame] = {"probes": found.probes, "questions": found.questions}

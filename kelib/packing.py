@@ -1,12 +1,15 @@
-"""A byte-level BPE tokenizer, and documents packed to blocks of tokens."""
+"""A byte-level BPE tokenizer, and documents packed to blocks of tokens with it or another one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kelib.errors import KelibError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -74,3 +77,32 @@ def save_tokenizer(tokenizer: Tokenizer, length: int, folder: Path) -> None:
         model_max_length=length,
     )
     wrapped.save_pretrained(folder)
+
+
+def pack_text(
+    documents: list[str], tokenizer: Any, end: int, length: int, sequences: int
+) -> tuple[np.ndarray, int]:
+    """Token ids ``(n, length)`` int64, n at most ``sequences``, and how many documents were read.
+
+    Documents, each followed by ``end``, are joined and cut; the rest shorter than ``length`` is
+    dropped. Raises KelibError if the tokenizer knows nothing of the text.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids: list[int] = []
+    read, known = 0, False
+    while read < len(documents) and len(ids) < sequences * length:
+        chunk = documents[read : read + 64]
+        # verbose: documents longer than the window are no mistake here
+        options = {"add_special_tokens": False, "verbose": False}
+        for encoded in tokenizer(chunk, **options)["input_ids"]:
+            known = known or not special.issuperset(encoded)
+            ids += [*encoded, end]
+        read += len(chunk)
+        if not known:  # transformers makes an empty tokenizer where the files are missing
+            raise KelibError(
+                f"{tokenizer.name_or_path} has no tokenizer, or one that knows nothing of this "
+                "text; put the model's own tokenizer files (tokenizer.json and "
+                "tokenizer_config.json) beside its weights"
+            )
+    count = min(sequences, len(ids) // length)
+    return np.array(ids[: count * length], dtype=np.int64).reshape(count, length), read

@@ -17,7 +17,6 @@ from kelib import sources
 from kelib.accumulation import Accumulator
 from kelib.architectures import feed_forwards
 from kelib.batches import block_batches, read_batch
-from kelib.command import pack_text
 from kelib.convergence import convergence
 from kelib.entropy import measure_entropy
 from kelib.errors import KelibError, listing
@@ -25,6 +24,7 @@ from kelib.evaluation import heldout_loss
 from kelib.jackknife import BLOCKS, Sums
 from kelib.measurement import EntropyMeasurement
 from kelib.model_import import MODEL, generated_documents
+from kelib.packing import pack_text
 from kelib.pretrained import load_model, quiet, read_tokenizer
 from kelib.watching import watch_memories
 

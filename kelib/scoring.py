@@ -90,9 +90,7 @@ def score_continuations(
     finally:
         model.train(was_training)
     return [
-        Score(
-            float(total), bool(greedy), request.target, len(request.context), request.truncated
-        )
+        Score(float(total), bool(greedy), request.target, len(request.context), request.truncated)
         for request, total, greedy in zip(encoded, sums.total, sums.greedy, strict=True)
     ]
 

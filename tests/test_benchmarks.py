@@ -21,13 +21,15 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measu
 @LINUX
 def test_a_row_end_to_end_through_subprocesses(tmp_path) -> None:
     row = find_row("knowledge-512")
-    records = harness.run_row(row, row.tiny)
+    records = harness.run_row(row, {**row.tiny, "batch": 16, "tokens": 512})
     assert [record["quantity"] for record in records] == ["time", "memory"]
-    timed = records[0]
+    timed, peak = records
+    states = 16 * 512 * 32 * 4 / 1e6  # MB of the activations of one feed-forward layer
+    assert states < peak["baseline"] < 10 * states and 0.5 < peak["ratio"] < 2
     assert timed["ours"] > 0 and timed["baseline"] > 0 and timed["repeats"] == 2
     assert timed["ratio"] == pytest.approx(timed["ours"] / timed["baseline"])
     assert timed["ratio_low"] <= timed["ratio_high"]
-    assert timed["model"] == "llama d=16 m=32 2 layers V=64, 2 x 2 x 16 tokens"
+    assert timed["model"] == "llama d=16 m=32 2 layers V=64, 2 x 16 x 512 tokens"
     path = tmp_path / "bench.csv"
     harness.write(records, path, {"threads": 1}, load=0.5)
     table = read_table(path)
@@ -105,6 +107,8 @@ def test_ratios_medians_quartiles_and_verdicts() -> None:
     most = Comparison("time", "ours", "other", "<=", 0.4)
     assert harness._of_time(most, seconds)["met"] == "no"
     assert Comparison("memory", "ours", "other", ">=", None).met(3.0) == ""
+    nothing = most.ratio(1.0, 0.0)
+    assert np.isnan(nothing) and most.met(nothing) == "no"
 
 
 @pytest.mark.parametrize(

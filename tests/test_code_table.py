@@ -11,6 +11,7 @@ import pytest
 from kelib import code_table, jobs
 from kelib.code_table import CODE, code_digest
 from kelib.config import load_profile
+from kelib.published import PublishedStudy, load_published
 from kelib.runs import Run
 from kelib.study import Study
 
@@ -70,6 +71,8 @@ def run_of(kind: str) -> Run:
         "intervene": study.intervene_run(0, 0, study.changes()[0]),
         "continual": study.continual_run(0, 0, 1e-3, 0, True, study.changes()[0]),
     }
+    other = PublishedStudy(load_published("published_smoke"), Path("data"))
+    runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
     return runs[kind]
 
 
@@ -140,16 +143,16 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
 @pytest.mark.parametrize(
     ("place", "kinds"),
     [
-        ("corpus", {"corpus"}),
-        ("wordings", {"corpus"}),
+        ("corpus", {"corpus", "import_model", "published"}),
+        ("wordings", {"corpus", "import_model"}),
         ("training", {"pretrain", "continual"}),
-        ("entropy", {"entropy", "intervene", "continual"}),
-        ("scoring", {"evaluate", "intervene", "continual"}),
+        ("entropy", {"entropy", "intervene", "continual", "published"}),
+        ("scoring", {"evaluate", "intervene", "continual", "published"}),
         ("interventions", {"intervene", "continual"}),
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
-        ("convergence", {"entropy"}),
-        ("metrics:knowledge_score", {"evaluate", "intervene", "continual"}),
+        ("convergence", {"entropy", "published"}),
+        ("metrics:knowledge_score", {"evaluate", "intervene", "continual", "published"}),
         ("metrics:bootstrap_interval", set()),  # no stored number rests on these
         ("runs", set()),
         ("plots", set()),

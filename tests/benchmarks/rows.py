@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,9 +63,11 @@ class Comparison:
         return f"{ours} / {baseline}" if self.sign == "<=" else f"{baseline} / {ours}"
 
     def ratio(self, ours: float, baseline: float, floor: float = 0.0) -> float:
-        """The number that is held against the target."""
-        ours, baseline = ours - floor, baseline - floor
-        return ours / baseline if self.sign == "<=" else baseline / ours
+        """The number that is held against the target; NaN where there is nothing to divide by."""
+        above, below = baseline - floor, ours - floor
+        if self.sign == "<=":
+            above, below = below, above
+        return above / below if below > 0 else math.nan
 
     def met(self, ratio: float) -> str:
         """Whether it meets the target: yes, no, or nothing if there is none."""
