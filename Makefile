@@ -17,9 +17,13 @@ AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig06_other_family
 	fig08_layers fig09_definitions ours_convergence ours_plasticity_panel
 AFTER_4 := fig04_stages fig05_resuscitation tab00_claims
 FIGURES := $(AFTER_2) $(AFTER_4)
+# a profile of a published model has a stage and a figure of its own
+ifneq ($(shell grep -l '^published:' '$(PARAMS)' 2>/dev/null),)
+FIGURES := ours_smollm2
+endif
 # what drawing rests on: a change of the compute code alone does not redraw
-DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py plots_entropy.py trends.py results.py \
-	tables.py config.py study.py)
+DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py plots_entropy.py plots_published.py trends.py \
+	results.py tables.py config.py study.py)
 
 .PHONY: help figures study test check format data status notebooks bench reference clean search lab
 help: ## list the targets
@@ -40,6 +44,11 @@ $(MEASURED)/continual.csv: notebooks/stages/3_continual.ipynb $(MEASURED)/checkp
 $(MEASURED)/interventions.csv: notebooks/stages/4_interventions.ipynb $(MEASURED)/continual.csv
 	@$(RUN) $< $(OUT)/4_interventions.ipynb -p profile=$(PROFILE) -p scratch=false
 
+$(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) | $(READY)
+	@$(PY) -m kelib profile $(PROFILE)
+	@$(RUN) $< $(OUT)/5_published.ipynb -p profile=$(PROFILE) -p scratch=false
+
+$(OUT)/ours_smollm2.json: $(MEASURED)/texts.csv
 $(AFTER_2:%=$(OUT)/%.json): $(MEASURED)/checkpoints.csv
 $(AFTER_4:%=$(OUT)/%.json): $(MEASURED)/interventions.csv notebooks/params/claims.yaml
 $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)

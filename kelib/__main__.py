@@ -30,17 +30,35 @@ def _notebook(arguments: argparse.Namespace) -> None:
 def _profile(arguments: argparse.Namespace) -> None:
     from kelib.config import load_profile
 
+    if (published := _published(arguments.profile)) is not None:
+        chosen = published.profile
+        print(f"profile {chosen.published}, digest {chosen.digest}, model {chosen.model.source}")
+        return
     profile = load_profile(arguments.profile)
     print(f"profile {profile.profile}, digest {profile.digest}, seeds {list(profile.seeds)}")
+
+
+def _published(name: str) -> Any:
+    """The study of a published profile, None for any other name."""
+    from kelib.published import open_published, published_profiles
+
+    return open_published(name) if name in published_profiles() else None
 
 
 def _data(arguments: argparse.Namespace) -> None:
     from kelib import sources
     from kelib.config import load_profile, repository_root
 
-    corpus = load_profile(arguments.profile).corpus
+    if (published := _published(arguments.profile)) is not None:
+        from kelib.runs import execute
+
+        names = published.profile.data
+        execute([published.model_run()], 1, "model")
+    else:
+        corpus = load_profile(arguments.profile).corpus
+        names = (*corpus.general, *corpus.domain)
     known = sources.manifest()
-    for name in (*corpus.general, *corpus.domain):
+    for name in names:
         if name in known:
             for path in sources.fetch(known[name], repository_root() / "data" / "sources"):
                 print(f"{name}: {path.relative_to(repository_root())}")
@@ -50,20 +68,19 @@ def _status(arguments: argparse.Namespace) -> None:
     from kelib import stages
     from kelib.runs import count_states
 
-    study = stages.open_study(arguments.profile)
-    grids: dict[str, Any] = {
-        "1 pretrain": study.pretrain_runs(),
-        "2 measure": study.measure_runs(),
-        "4 interventions": [
-            *study.intervene_runs(),
-            *(run for _, run in study.intervention_grid()),
-        ],
-    }
-    try:
-        entropy = stages.table(study, "entropy")
-        grids["3 continual"] = [run for _, run in study.continual_grid(entropy)]
-    except KelibError:
-        print("3 continual: known when stage 2 is done")
+    grids: dict[str, Any]
+    if (published := _published(arguments.profile)) is not None:
+        grids = {"5 published": [published.model_run(), *published.runs()]}
+    else:
+        study = stages.open_study(arguments.profile)
+        grids = {"1 pretrain": study.pretrain_runs(), "2 measure": study.measure_runs()}
+        grid = [run for _, run in study.intervention_grid()]
+        grids["4 interventions"] = [*study.intervene_runs(), *grid]
+        try:
+            entropy = stages.table(study, "entropy")
+            grids["3 continual"] = [run for _, run in study.continual_grid(entropy)]
+        except KelibError:
+            print("3 continual: known when stage 2 is done")
     for name in sorted(grids):
         counts = ", ".join(f"{n} {state}" for state, n in count_states(grids[name]).items())
         print(f"{name}: {counts}")
@@ -104,7 +121,9 @@ def _clean(arguments: argparse.Namespace) -> None:
     from kelib.config import repository_root
     from kelib.study import clean
 
-    clean(stages.open_study(arguments.profile))
+    if _published(arguments.profile) is None:
+        stages.open_study(arguments.profile)  # an unknown name is refused
+    clean(arguments.profile, repository_root() / "data")
     shutil.rmtree(repository_root() / "figures" / arguments.profile, ignore_errors=True)
 
 

@@ -243,7 +243,7 @@ def _plain(value: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(value)))
 
 
-def clean(study: Study) -> None:
-    """Delete all that this profile computed (not the fetched text, nor the committed reference)."""
+def clean(profile: str, data: Path) -> None:
+    """Delete all that a profile computed (not the fetched text, nor the committed reference)."""
     for kind in ("corpus", "checkpoints", "measurements"):
-        shutil.rmtree(study.data / kind / study.profile.profile, ignore_errors=True)
+        shutil.rmtree(data / kind / profile, ignore_errors=True)

@@ -524,8 +524,8 @@ def test_profiles_share_no_folder_and_cleaning_touches_one_only(tmp_path):
             (folder / "file").write_text("")
     (tmp_path / "sources").mkdir()
     assert not folders["smoke"] & folders["small"]
-    clean(Study(load_profile("smoke"), tmp_path))
+    clean("smoke", tmp_path)
     assert not any(folder.exists() for folder in folders["smoke"])
     assert all((folder / "file").exists() for folder in folders["small"])
     assert (tmp_path / "sources").exists()
-    clean(Study(load_profile("smoke"), tmp_path))  # nothing to do is no error
+    clean("smoke", tmp_path)  # nothing to do is no error
