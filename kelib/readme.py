@@ -143,12 +143,14 @@ def figures_markdown(opened: Callable[[str], Tables | None]) -> str:
         if tables is None:
             continue
         stage = _STAGES.get(name, ())
-        spent = 0.0 if (tables.name, str(stage)) in counted else _minutes(tables, stage)
+        spent = f"{_minutes(tables, stage):.0f}"
+        if stage and (tables.name, str(stage)) in counted:
+            spent = "no more"
         counted.add((tables.name, str(stage)))
         target = f"`figures/{tables.name}/{name}.json`"
         link = f"[{name}](notebooks/{name}.ipynb)"
         lines.append(
-            f"| {figure} | {link} | {target} | {spent:.0f} | {_ours(name, tables)} | {paper} |"
+            f"| {figure} | {link} | {target} | {spent} | {_ours(name, tables)} | {paper} |"
         )
     return "\n".join(lines)
 
@@ -221,7 +223,7 @@ def _entropies_words(name: str, tables: Tables) -> str:
     for value, group in rows[chosen].groupby(by, sort=False):
         total = group.groupby(["seed", "step"])["entropy_nats"].sum()
         change = [total[seed][last] - total[seed][peak] for seed, (peak, last) in steps.items()]
-        label = f"layer {value}" if by == "layer" else str(value).replace("_", "-")
+        label = f"layer {value + 1}" if by == "layer" else str(value).replace("_", "-")
         parts.append(f"{label} {np.mean(change):+.2f}")
     return "; ".join(parts) + " nats after the peak"
 
