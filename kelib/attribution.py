@@ -92,7 +92,7 @@ def measure_gradients(
             loss = summed_loss(model, part)
             wanted = [tensors[layer] for tensors in (inputs, outputs) for layer in sorted(inputs)]
             found = torch.autograd.grad(loss, [*weights, *wanted])
-            total += float(loss)
+            total += float(loss.detach())
             for into, gradient in zip(sums, found, strict=False):
                 into += gradient.double()
             of_inputs, of_outputs = found[len(weights) :][: len(layers)], found[-len(layers) :]

@@ -62,7 +62,10 @@ def key_gradients(name, block):
         return {"up": mlp.dense_h_to_4h.weight.grad}
     if name == "phi3":
         half = len(mlp.gate_up_proj.weight) // 2
-        return {"gate": mlp.gate_up_proj.weight.grad[:half], "up": mlp.gate_up_proj.weight.grad[half:]}
+        return {
+            "gate": mlp.gate_up_proj.weight.grad[:half],
+            "up": mlp.gate_up_proj.weight.grad[half:],
+        }
     return {"gate": mlp.gate_proj.weight.grad, "up": mlp.up_proj.weight.grad}
 
 
@@ -85,7 +88,7 @@ def reference(name, sequences):
             shifts.append(shift)
             handles += [
                 down.register_forward_pre_hook(
-                    lambda _, given, gain=gain: (kept.append(given[0][0]), given[0] * gain)[1:]
+                    lambda _, x, gain=gain, kept=kept: (kept.append(x[0][0]), x[0] * gain)[1:]
                 ),
                 down.register_forward_hook(lambda _, __, output, shift=shift: output + shift),
             ]
@@ -170,7 +173,7 @@ def test_mean_coefficients_are_those_of_the_entropy_measurement():
     for one, two in zip(found.coefficients, wanted.mean_coefficients, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5)
     entropies = layer_table(found)["coefficient_entropy"]
-    np.testing.assert_allclose(entropies, wanted.layer_entropies, rtol=1e-6)
+    np.testing.assert_allclose(entropies, wanted.knowledge_entropy, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["olmo", "llama"])
@@ -297,7 +300,9 @@ def test_a_share_outside_its_range(share):
         share_table(made([1.0, 2.0], [1.0, 2.0]), shares=[share])
 
 
-@pytest.mark.parametrize("ids", [np.zeros((0, 5), int), np.zeros((3, 0), int), np.ones((3, 1), int)])
+@pytest.mark.parametrize(
+    "ids", [np.zeros((0, 5), int), np.zeros((3, 0), int), np.ones((3, 1), int)]
+)
 def test_an_empty_batch(ids):
     with pytest.raises(KelibError, match="no token to predict: it needs a sequence of at least 2"):
         measure_gradients(build("olmo"), ids)
