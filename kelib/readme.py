@@ -12,6 +12,7 @@ import pandas as pd
 
 from kelib.config import Profile, load_profile
 from kelib.errors import KelibError, listing
+from kelib.published import load_published, published_profiles
 from kelib.results import Tables, open_tables
 from kelib.study import peak_step
 from kelib.tables import read_provenance, write_atomically
@@ -124,6 +125,7 @@ FIGURES = {
     "fig09_definitions": ("9", "falls by the ReLU definition too, about -0.8 nats"),
     "ours_convergence": ("ours", "not reported"),
     "ours_plasticity_panel": ("ours", "not reported"),
+    "ours_smollm2": ("ours", "OLMo-1B 99.5 % of its bound, other text"),
     "tab00_claims": ("claims", "no intervals reported"),
 }
 
@@ -159,12 +161,15 @@ _LEARNING = {"fig04_stages": ("continual",), "fig05_resuscitation": ("interventi
 _STAGES = {
     **{name: ("pretraining", "entropies", "checkpoints") for name in FIGURES},
     **_LEARNING,
+    "ours_smollm2": ("texts",),
     "tab00_claims": (),
 }
 
 
 def _minutes(tables: Tables, names: tuple[str, ...]) -> float:
-    workers = load_profile(tables.name).workers  # tables are the same for any number of them
+    # tables are the same for any number of workers, so it is not in their parameters
+    loaded = load_published if tables.name in published_profiles() else load_profile
+    workers = loaded(tables.name).workers
     notes = [read_provenance(tables.folder / f"{name}.csv") for name in names]
     return sum(note["run_seconds"] / min(workers, note["runs"]) for note in notes) / 60
 
@@ -187,6 +192,11 @@ def _ours(name: str, tables: Tables) -> str:
         rows = rows[rows["step"] == rows["step"].max()].groupby("sequences")["mean"].mean()
         near = int(rows.index[np.abs(rows.index - 128).argmin()])
         return f"{near} sequences: {rows[near] - rows.iloc[-1]:+.3f} nats from {rows.index[-1]:,}"
+    if name == "ours_smollm2":
+        rows = tables.table("totals").query("kind == 'knowledge' and coefficient == 'absolute'")
+        shares = 100 * rows["entropy_nats"] / rows["bound_nats"]
+        parts = [f"{data} {share:.1f}" for data, share in zip(rows["data"], shares, strict=True)]
+        return f"SmolLM2-135M, % of the bound: {', '.join(parts)}"
     return _entropies_words(name, tables)
 
 
