@@ -39,7 +39,7 @@ def test_missing_notebook_and_malformed_parameter(
 
 def test_reference_of_an_unfinished_profile_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reference", "nowhere"]) == 1
-    assert "no table pretraining.csv" in capsys.readouterr().err
+    assert "nothing was measured in" in capsys.readouterr().err
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -26,7 +26,7 @@ SMALL = {
     "tokens": _small.corpus.sequence_length,
     "batch": 64,
     "batches": 4,
-    "repeats": 20,
+    "repeats": 30,
 }
 # OLMo's architecture and vocabulary at a fraction of its depth and width.
 D512 = {
@@ -41,7 +41,7 @@ D512 = {
     "tokens": 1024,
     "batch": 1,
     "batches": 1,
-    "repeats": 9,
+    "repeats": 15,
 }
 # SmolLM2-135M.
 LLAMA_135M = {
