@@ -13,18 +13,18 @@ from kelib.readme import refresh_readme
 from kelib.results import Tables, open_tables, promote_files
 from kelib.tables import read_provenance, read_table, write_atomically
 
-SEARCH = "search"
+SEARCH, BENCH = "search", "bench"
 
 
 def promote(name: str) -> None:
     """Copy measurements to ``data/reference/<name>`` and figures to ``figures/reference/<name>``.
 
-    ``name`` is a profile or ``search``. Measurements are tables, their provenance and
-    mean-coefficient vectors: no weights, no text. Stages that were not run are left out, and so are
-    their figures. Then the notebooks that show these numbers when opened without parameters are
-    executed in place, and the generated parts of the README are written anew. Raises KelibError if
-    nothing was measured or drawn, if a table was changed after it was written, or if a figure was
-    drawn from other tables.
+    ``name`` is a profile, ``search``, or ``bench``, which has no figures. Measurements are tables,
+    their provenance and mean-coefficient vectors: no weights, no text. Stages that were not run are
+    left out, and so are their figures. Then the notebooks that show these numbers when opened
+    without parameters are executed in place, and the generated parts of the README are written
+    anew. Raises KelibError if nothing was measured or drawn, if a table was changed after it was
+    written, or if a figure was drawn from other tables.
     """
     root = repository_root()
     measured, drawn = root / "data" / "measurements" / name, root / "figures" / name
@@ -34,6 +34,12 @@ def promote(name: str) -> None:
         raise KelibError(f"nothing was measured in {measured}; there are {listing(set(there))}")
     for table in tables:
         read_table(measured / f"{table}.csv")  # complete and as written
+    tables_of = [measured / f"{t}{suffix}" for t in tables for suffix in (".csv", ".json")]
+    if name == BENCH:
+        promote_files(tables_of, root / "data" / "reference" / name)
+        print(f"promoted {name}: {len(tables)} tables; commit data")
+        return
+    for table in tables:
         made_with = read_provenance(measured / f"{table}.csv")["parameters"]["profile"]
         if made_with != name:
             raise KelibError(
@@ -41,10 +47,7 @@ def promote(name: str) -> None:
             )
     figures = _drawn_figures(name, drawn, measured)
     promote_files(
-        [
-            *(measured / f"{table}{suffix}" for table in tables for suffix in (".csv", ".json")),
-            *sorted(measured.glob("coefficients-*.safetensors")),
-        ],
+        [*tables_of, *sorted(measured.glob("coefficients-*.safetensors"))],
         root / "data" / "reference" / name,
     )
     wanted = [p for made in figures for p in drawn.glob(f"{made.stem}.*") if p.suffix != ".ipynb"]

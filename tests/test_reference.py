@@ -274,6 +274,14 @@ def test_the_search_is_promoted_on_its_own(root: Path) -> None:
     assert (root / "README.md").read_text(encoding="utf-8") == README
 
 
+def test_benchmarks_have_no_figures(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = root / "data" / "measurements" / "bench"
+    write_table(pd.DataFrame({"ratio": [1.02]}), folder / "entropy.csv", provenance({}, [], {}))
+    promote("bench")
+    assert names(root / "data" / "reference" / "bench") == ["entropy.csv", "entropy.json"]
+    assert "promoted bench: 1 tables" in capsys.readouterr().out
+
+
 def replant(root: Path, table: str, profile: str = "small", step: int = 1) -> None:
     path = root / "data" / "measurements" / "small" / f"{table}.csv"
     parameters = json.loads(path.with_suffix(".json").read_text())["parameters"]
