@@ -24,7 +24,7 @@ _EVALUATION = (
     *("metrics:_per_entry", "metrics:_over_sets"),
 )
 _CHANGED = (
-    *("jobs:_start", "jobs:_write_result", "interventions", "ffn"),
+    *("jobs:_start", "jobs:_write_result", "interventions", "alternatives", "ffn", "panel"),
     *_ENTROPY,
     *_EVALUATION,
 )

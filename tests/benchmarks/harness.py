@@ -110,7 +110,11 @@ def run_row(
 
 
 def _of_time(comparison: Comparison, seconds: Mapping[str, Any]) -> dict[str, Any]:
-    """The median of the ratios of the rounds, and their quartiles."""
+    """The median of the ratios of the rounds, and their quartiles.
+
+    With a floor it is the ratio of the medians: where ours adds next to nothing, what a single
+    round takes above the floor may come out as nothing or less, and its ratio as NaN.
+    """
     wall = {name: np.array(seconds[name]["wall"]) for name in comparison.variants}
     medians = {name: float(np.median(values)) for name, values in wall.items()}
     cpu = {name: float(np.median(seconds[name]["cpu"])) for name in comparison.variants}
@@ -118,10 +122,11 @@ def _of_time(comparison: Comparison, seconds: Mapping[str, Any]) -> dict[str, An
         comparison.ratio(*(float(wall[name][i]) for name in comparison.variants))
         for i in range(len(wall[comparison.ours]))
     ]
-    low, middle, high = np.quantile(rounds, [0.25, 0.5, 0.75])
-    return _record(comparison, medians, "s") | {
-        "ratio": float(middle),
-        "met": comparison.met(float(middle)),
+    low, middle, high = np.nanquantile(rounds, [0.25, 0.5, 0.75])
+    record = _record(comparison, medians, "s")
+    if comparison.floor is None:
+        record |= {"ratio": float(middle), "met": comparison.met(float(middle))}
+    return record | {
         "ratio_low": float(low),
         "ratio_high": float(high),
         "ratio_cpu": comparison.ratio(*(cpu[name] for name in comparison.variants)),
