@@ -112,3 +112,22 @@ def model_of():
         return made[kind]
 
     return make
+
+
+@pytest.fixture
+def canvas():
+    """No window, and no setting or figure that outlives a test."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("agg")
+    with mpl.rc_context():
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def ax(canvas):
+    from kelib import plots
+
+    return plots.panels(1)[1][0, 0]

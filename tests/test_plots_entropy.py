@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
@@ -18,18 +16,7 @@ from kelib import plots, plots_entropy, trends
 NAMES = {"absolute": "absolute", "relu": "ReLU"}
 
 
-@pytest.fixture(autouse=True)
-def canvas() -> Iterator[None]:
-    """No window, and no setting or figure that outlives a test."""
-    plt.switch_backend("agg")
-    with mpl.rc_context():
-        yield
-    plt.close("all")
-
-
-@pytest.fixture
-def ax() -> Axes:
-    return plots.panels(1)[1][0, 0]
+pytestmark = pytest.mark.usefixtures("canvas")
 
 
 def lines_by_seed(values: dict[int, list[float]], steps: list[int], kind: str) -> pd.DataFrame:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
@@ -22,18 +19,7 @@ NAMES = {"once": "once", "paraphrase": "paraphrase"}
 TICKS = {30: "50%\n30", 60: "100%\n60"}
 
 
-@pytest.fixture(autouse=True)
-def canvas() -> Iterator[None]:
-    """No window, and no setting or figure that outlives a test."""
-    plt.switch_backend("agg")
-    with mpl.rc_context():
-        yield
-    plt.close("all")
-
-
-@pytest.fixture
-def ax() -> Axes:
-    return plots.panels(1)[1][0, 0]
+pytestmark = pytest.mark.usefixtures("canvas")
 
 
 def runs(k_cl: dict[tuple[int, int, int], float], injected: bool = True) -> pd.DataFrame:

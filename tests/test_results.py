@@ -6,11 +6,9 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,12 +23,7 @@ from kelib.tables import provenance, read_provenance, write_table
 ENTROPY = pd.DataFrame({"seed": [100, 101], "step": 10, "entropy_nats": [2.0, 1 / 3]})
 
 
-@pytest.fixture(autouse=True)
-def canvas() -> Iterator[None]:
-    plt.switch_backend("agg")
-    with mpl.rc_context():
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("canvas")
 
 
 @pytest.fixture
