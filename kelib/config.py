@@ -155,6 +155,7 @@ class Pretraining:
     learning_rate: float  # peak
     optimizer: Optimizer
     checkpoints: tuple[int, ...]  # steps; 0 and the last step are always kept
+    optimizer_states: tuple[int, ...] = ()  # steps whose moments are kept beside the checkpoint
 
     def __post_init__(self) -> None:
         at_least(self, steps=1, batch_size=1)
@@ -167,6 +168,12 @@ class Pretraining:
             f"steps between 0 and {self.steps}",
         )
         object.__setattr__(self, "checkpoints", kept)
+        require(
+            set(self.optimizer_states) <= set(kept),
+            "pretraining.optimizer_states",
+            self.optimizer_states,
+            f"steps among the checkpoints {kept}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

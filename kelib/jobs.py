@@ -25,6 +25,7 @@ Settings = Mapping[str, Any]
 Inputs = Mapping[str, Path]
 Progress = Callable[[float], None]  # share of the job that is done, 0 to 1
 STATE = "state.safetensors"
+OPTIMIZER = "optimizer.safetensors"  # the same, kept in the folder of a checkpoint
 
 
 def versions() -> dict[str, str]:
@@ -80,7 +81,9 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
             "digest": settings["digest"],
             "versions": versions(),
         }
-        save_checkpoint(model, packed.tokenizer_folder, folder, note)
+        saved = save_checkpoint(model, packed.tokenizer_folder, folder, note)
+        if step in plan.optimizer_states:  # before the state that a killed run resumes from
+            trainer.save_state(saved / OPTIMIZER)
         trainer.save_state(state)
 
     def on_step(step: int, _trainer: Trainer) -> None:
