@@ -187,6 +187,8 @@ class Variant:
     batch_size: int | None = None  # None: as the protocol
     steps: int | None = None
     epochs: int = 1  # the same sequences, read so often in the steps given
+    optimizer: Optimizer | None = None  # None: as the protocol
+    own_moments: bool = False  # begin with the moments of pretraining, not with a fresh optimizer
 
     def __post_init__(self) -> None:
         at_least(self, epochs=1)
@@ -213,9 +215,12 @@ class Continual:
     control_seeds: tuple[int, ...] | None = None  # also run without injection; None: all seeds
     curve_seeds: tuple[int, ...] = ()  # probes are scored at every injection
     variants: tuple[Variant, ...] = ()
+    save_every: int | None = None  # steps; None: a run that was killed begins again
 
     def __post_init__(self) -> None:
         at_least(self, steps=1, batch_size=1, injections=1)
+        if self.save_every is not None:
+            at_least(self, save_every=1)
         require(
             self.steps % self.injections == 0,
             "continual.steps",

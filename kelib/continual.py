@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kelib.corpus import sequence_order
+from kelib.errors import KelibError
 from kelib.evaluation import score_probes
+from kelib.injection import Injector
 from kelib.metrics import knowledge_by
+from kelib.tables import write_atomically
 from kelib.world import World
 
 
@@ -54,3 +59,33 @@ class LearningCurve:
         """All rows, in order of steps."""
         columns = ["step", "phase", "entry_set", "level", "knowledge"]
         return pd.concat(self.rows, ignore_index=True)[columns]
+
+
+def save(
+    path: Path, trainer: Any, injector: Injector, curve: LearningCurve | None
+) -> None:
+    """Write all that a run needs to go on as if it had not been interrupted.
+
+    What was counted and scored goes into a second file, before the state of the training: after a
+    kill in between it is ahead of the state, and :func:`resume` cuts it back.
+    """
+    rows = [] if curve is None else [table.to_dict("list") for table in curve.rows]
+    write_atomically(_beside(path), json.dumps({"injector": injector.state_dict(), "curve": rows}))
+    trainer.save_state(path)
+
+
+def resume(path: Path, trainer: Any, injector: Injector, curve: LearningCurve | None) -> None:
+    """Go on from what :func:`save` wrote. KelibError if it is broken or of another run."""
+    trainer.load_state(path)
+    try:
+        kept = json.loads(_beside(path).read_text())
+        injector.load_state_dict(kept["injector"], trainer.step)
+        rows = [pd.DataFrame(table) for table in kept["curve"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise KelibError(f"{_beside(path)} is not of this run ({error}); delete {path}") from error
+    if curve is not None:
+        curve.rows = [table for table in rows if table["step"].iloc[0] <= trainer.step]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".json")

@@ -173,7 +173,8 @@ def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
     """Continue one checkpoint on other text, with or without injection, perhaps after an
     intervention.
     """
-    from kelib.continual import LearningCurve, reading_order
+    from kelib.checkpoints import step_folder
+    from kelib.continual import LearningCurve, reading_order, resume, save
     from kelib.evaluation import evaluate
     from kelib.injection import Injector, encode_passages, injection_schedule
     from kelib.training import Trainer
@@ -203,12 +204,6 @@ def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
 
     # the run without injection is looked at in the same steps
     curve = LearningCurve(model, tokenizer, world, schedule) if settings["curve"] else None
-
-    def on_step(step: int, _trainer: Trainer) -> None:
-        progress(0.9 * step / plan.steps)
-        if curve is not None:
-            curve.on_step(step)
-
     trainer = Trainer(
         model,
         batch_at,
@@ -217,6 +212,19 @@ def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
         plan.optimizer,
         **_training_options(settings),
     )
+    if settings["own_moments"]:
+        trainer.load_moments(step_folder(inputs["pretrain"], settings["step"]) / OPTIMIZER)
+    state = folder / STATE
+    if state.exists():
+        resume(state, trainer, injector, curve)
+
+    def on_step(step: int, _trainer: Trainer) -> None:
+        progress(0.9 * step / plan.steps)
+        if curve is not None:
+            curve.on_step(step)
+        if plan.save_every and step % plan.save_every == 0:
+            save(state, trainer, injector, curve)
+
     trainer.run(on_step=on_step)
     injector.check()
     _write_table(injector.exposure_table(), folder / "exposures.csv")
@@ -224,13 +232,16 @@ def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
         _write_table(curve.table(), folder / "curve.csv")
     after = evaluate(model, tokenizer, world, packed)
     _write_items(folder, "", after)
+    if settings["keep"]:
+        model.save_pretrained(folder / "model")
     _write_result(folder, after, model, packed, {"losses": trainer.losses})
+    state.unlink(missing_ok=True)
 
 
 def _start(settings: Settings, inputs: Inputs) -> tuple[Any, Any]:
     """(model, tokenizer) of the checkpoint, changed if the settings name an intervention."""
     from kelib.checkpoints import load_checkpoint, step_folder
-    from kelib.interventions import resuscitate
+    from kelib.interventions import apply_intervention
     from kelib.measurement import EntropyMeasurement
 
     model, tokenizer = load_checkpoint(
@@ -238,7 +249,7 @@ def _start(settings: Settings, inputs: Inputs) -> tuple[Any, Any]:
     )
     if (change := settings["intervention"]) is not None:
         measured = EntropyMeasurement.load(inputs["entropy"] / "coefficients.safetensors")
-        model = resuscitate(model, measured.mean_coefficients, change["ratio"], change["factor"])
+        model = apply_intervention(model, **change, mean_coefficients=measured.mean_coefficients)
     return model, tokenizer
 
 

@@ -117,23 +117,29 @@ class Study:
         intervention: dict[str, Any] | None = None,
         variant: Variant | None = None,
     ) -> Run:
-        """Continual learning from one checkpoint, by the protocol or a ``variant`` of it."""
+        """Continual learning from one checkpoint, by the protocol or a ``variant`` of it.
+
+        Runs of the curve seeds that follow the protocol and read passages keep their last weights.
+        """
         plan, of = self.profile.continual, variant or Variant("", (rate,), (cl_seed,))
-        steps, size = of.steps or plan.steps, of.batch_size or plan.batch_size
-        kept = {"steps": steps, "batch_size": size, "injections": plan.injections}
+        kept = {"steps": of.steps or plan.steps, "batch_size": of.batch_size or plan.batch_size}
+        kept |= {"injections": plan.injections, "save_every": plan.save_every}
         # the lists that the grid is made of are no settings of a run
         lists = {"learning_rates": [rate], "seeds": [cl_seed], "stages": [1.0]}
+        looked_at = variant is None and cl_seed in plan.curve_seeds
         more = {
             "corpus": _plain(self.profile.corpus),
             "training": _plain(self.profile.training),
-            "continual": {**kept, **lists, "optimizer": _plain(plan.optimizer)},
+            "continual": {**kept, **lists, "optimizer": _plain(of.optimizer or plan.optimizer)},
             "text": TEXTS[of.text],
             "epochs": of.epochs,
+            "own_moments": of.own_moments,
             "learning_rate": rate,
             "cl_seed": cl_seed,
             "injected": injected,
             "intervention": intervention,
-            "curve": variant is None and intervention is None and cl_seed in plan.curve_seeds,
+            "curve": looked_at and intervention is None,
+            "keep": looked_at and injected,
         }
         run = self._from_checkpoint("continual", seed, step, more)
         return run if intervention is None else self._with_coefficients(run)

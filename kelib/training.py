@@ -235,6 +235,16 @@ class Trainer:
 
         Raises KelibError for a file that is missing, broken or of another model.
         """
+        self.step, self.losses = self._read_state(path, weights=True)
+
+    def load_moments(self, path: Path) -> None:
+        """Begin with the moments of a run that :meth:`save_state` kept; weights and step stay.
+
+        Raises as :meth:`load_state`.
+        """
+        self._read_state(path, weights=False)
+
+    def _read_state(self, path: Path, weights: bool) -> tuple[int, list[float]]:
         model = self.accelerator.unwrap_model(self.model)
         # fused AdamW wants its moments beside the weights; safetensors knows cpu, but not cpu:0
         device = "cpu" if self.accelerator.device.type == "cpu" else str(self.accelerator.device)
@@ -244,7 +254,11 @@ class Trainer:
                 step, losses = int(notes["step"]), json.loads(notes["losses"])
                 stored = set(state.keys())
                 for name, parameter in model.named_parameters():
-                    parameter.data.copy_(state.get_tensor(f"model.{name}"))
+                    kept = state.get_tensor(f"model.{name}")
+                    if kept.shape != parameter.shape:
+                        raise ValueError(f"{name} has shape {tuple(kept.shape)} there")
+                    if weights:
+                        parameter.data.copy_(kept)
                     if f"step.{name}" in stored:  # not before the first step, not if it is frozen
                         self.optimizer.state[parameter] = {
                             key: state.get_tensor(f"{key}.{name}")
@@ -259,7 +273,7 @@ class Trainer:
             ValueError,
         ) as error:
             raise KelibError(f"{path} is not a state of this run ({error}); delete it") from error
-        self.step, self.losses = step, losses
+        return step, losses
 
 
 def _require_plain(accelerator: Accelerator) -> None:
