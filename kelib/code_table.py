@@ -46,7 +46,10 @@ CODE = {
         *_ENTROPY,
         *_EVALUATION,
     ),
-    "continual": ("jobs:continual", "training", "injection", "continual", *_CHANGED),
+    "continual": (
+        *("jobs:continual", "training", "injection", "continual", "tables:write_atomically"),
+        *_CHANGED,
+    ),
 }
 
 

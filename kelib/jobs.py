@@ -202,7 +202,6 @@ def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
         rows = order[step * plan.batch_size : (step + 1) * plan.batch_size]
         return injector.apply(np.asarray(text[rows]), step)
 
-    # the run without injection is looked at in the same steps
     curve = LearningCurve(model, tokenizer, world, schedule) if settings["curve"] else None
     trainer = Trainer(
         model,

@@ -119,14 +119,15 @@ class Study:
     ) -> Run:
         """Continual learning from one checkpoint, by the protocol or a ``variant`` of it.
 
-        Runs of the curve seeds that follow the protocol and read passages keep their last weights.
+        Runs of the curve seeds that follow the protocol and read passages keep their last weights;
+        their learning curve is scored where no intervention came before.
         """
         plan, of = self.profile.continual, variant or Variant("", (rate,), (cl_seed,))
         kept = {"steps": of.steps or plan.steps, "batch_size": of.batch_size or plan.batch_size}
         kept |= {"injections": plan.injections, "save_every": plan.save_every}
         # the lists that the grid is made of are no settings of a run
         lists = {"learning_rates": [rate], "seeds": [cl_seed], "stages": [1.0]}
-        looked_at = variant is None and cl_seed in plan.curve_seeds
+        looked_at = variant is None and injected and cl_seed in plan.curve_seeds
         more = {
             "corpus": _plain(self.profile.corpus),
             "training": _plain(self.profile.training),
@@ -139,7 +140,7 @@ class Study:
             "injected": injected,
             "intervention": intervention,
             "curve": looked_at and intervention is None,
-            "keep": looked_at and injected,
+            "keep": looked_at,
         }
         run = self._from_checkpoint("continual", seed, step, more)
         return run if intervention is None else self._with_coefficients(run)
