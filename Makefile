@@ -6,24 +6,32 @@ PROFILE ?= small
 include env.mk
 
 # the code that computes; drawing, claims and notebooks are not part of it
-COMPUTE := $(filter-out $(addprefix kelib/,plots.py plots_entropy.py plots_learning.py plots_published.py \
-	trends.py results.py claims.py verdicts.py reference.py readme.py notebooks.py __main__.py),$(wildcard kelib/*.py))
+PLOTS := $(wildcard kelib/plots*.py)
+COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py reference.py \
+	readme.py readme_figures.py notebooks.py __main__.py),$(wildcard kelib/*.py))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
 RUN := $(PY) -m kelib notebook
+# whether the profile has a key: some figures need what not every profile asks for
+has = $(shell grep -lE '^ *$(1):' '$(PARAMS)' 2>/dev/null)
 # figures by the stage after which they can be drawn
-AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig06_other_family fig07_data_sets \
-	fig08_layers fig09_definitions ours_convergence ours_plasticity_panel
-AFTER_4 := fig04_stages fig05_resuscitation tab00_claims
-FIGURES := $(AFTER_2) $(AFTER_4)
+AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig07_data_sets fig08_layers fig09_definitions \
+	fig10_entities ours_convergence ours_plasticity_panel $(if $(call has,comparison),fig06_other_family)
+AFTER_3 := fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting \
+	$(if $(call has,variants),fig13_corpora tab01_protocols) $(if $(call has,curve_seeds),ours_learning_curves)
+AFTER_4 := fig05_resuscitation tab00_claims
+FIGURES := $(AFTER_2) $(AFTER_3) $(AFTER_4)
+# two families are compared before any continual learning
+ifeq ($(PROFILE),families)
+FIGURES := fig06_other_family
+endif
 # a profile of a published model has a stage and a figure of its own
-ifneq ($(shell grep -l '^published:' '$(PARAMS)' 2>/dev/null),)
+ifneq ($(call has,published),)
 FIGURES := ours_smollm2
 endif
 # what drawing rests on: a change of the compute code alone does not redraw
-DRAW := $(addprefix kelib/,claims.py verdicts.py metrics.py plots.py plots_entropy.py plots_published.py trends.py \
-	results.py tables.py config.py study.py)
+DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py metrics.py trends.py results.py tables.py config.py study.py)
 
 .PHONY: help figures study test check format data status notebooks bench reference clean search lab
 help: ## list the targets
@@ -50,6 +58,7 @@ $(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) |
 
 $(OUT)/ours_smollm2.json: $(MEASURED)/texts.csv
 $(AFTER_2:%=$(OUT)/%.json): $(MEASURED)/checkpoints.csv
+$(AFTER_3:%=$(OUT)/%.json): $(MEASURED)/continual.csv
 $(AFTER_4:%=$(OUT)/%.json): $(MEASURED)/interventions.csv notebooks/params/claims.yaml
 $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
 	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements

@@ -70,7 +70,8 @@ def _status(arguments: argparse.Namespace) -> None:
 
     grids: dict[str, Any]
     if (published := _published(arguments.profile)) is not None:
-        grids = {"5 published": [published.model_run(), *published.runs()]}
+        asked = published.question_runs()
+        grids = {"5 published": [published.model_run(), *published.runs(), *asked]}
     else:
         study = stages.open_study(arguments.profile)
         grids = {"1 pretrain": study.pretrain_runs(), "2 measure": study.measure_runs()}

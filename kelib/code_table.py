@@ -46,6 +46,11 @@ CODE = {
         *_ENTROPY,
         *_EVALUATION,
     ),
+    "asked": (
+        *("jobs:asked", "published_questions", "questions", "tasks", "task_files", "scoring"),
+        *("requests", "pretrained", "sources", "world", "entries", "dice", "wordings"),
+        "tables:write_atomically",
+    ),
     "continual": (
         *("jobs:continual", "training", "injection", "continual", "tables:write_atomically"),
         *_CHANGED,

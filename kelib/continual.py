@@ -61,9 +61,7 @@ class LearningCurve:
         return pd.concat(self.rows, ignore_index=True)[columns]
 
 
-def save(
-    path: Path, trainer: Any, injector: Injector, curve: LearningCurve | None
-) -> None:
+def save(path: Path, trainer: Any, injector: Injector, curve: LearningCurve | None) -> None:
     """Write all that a run needs to go on as if it had not been interrupted.
 
     What was counted and scored goes into a second file, before the state of the training: after a

@@ -277,6 +277,13 @@ def published(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
     published_jobs.published(settings, inputs, folder, progress)
 
 
+def asked(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Accuracy of a published model on one set of four-way questions."""
+    from kelib import published_questions
+
+    published_questions.asked(settings, inputs, folder, progress)
+
+
 def _write_items(folder: Path, prefix: str, found: Any) -> None:
     """Item-level results as CSV; they carry numbers of entries and questions, never their text."""
     tables: dict[str, pd.DataFrame] = {"probes": found.probes, "questions": found.questions}

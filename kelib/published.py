@@ -58,6 +58,7 @@ class PublishedProfile:
     batch_size: int  # sequences
     definitions: tuple[str, ...]  # of a memory coefficient
     loss_sequences: int  # the first so many also give the cross-entropy
+    questions: tuple[str, ...] = ()  # rows of data/questions.yaml, or generated:NAME
 
     def __post_init__(self) -> None:
         for name in ("workers", "batch_size", "loss_sequences"):
@@ -165,8 +166,16 @@ class PublishedStudy:
     def runs(self) -> list[Run]:
         return [self.measure_run(name) for name in self.profile.data]
 
+    def question_runs(self) -> list[Run]:
+        """Accuracy of the model on sets of four-way questions."""
+        home, sources = self.measurements / "asked", {"sources": self.data / "sources"}
+        model = {"model": self.model_run()}
+        return [
+            Run("asked", home, {"questions": n}, model, sources) for n in self.profile.questions
+        ]
 
-_NOT_OF_A_RUN = ("profile", "published", "workers", "model", "data")
+
+_NOT_OF_A_RUN = ("profile", "published", "workers", "model", "data", "questions")
 
 
 def open_published(
@@ -190,26 +199,34 @@ def measure_published(study: PublishedStudy) -> dict[str, pd.DataFrame]:
     entropy_nats, standard_error, bound_nats, sequences. ``totals``: the same summed over layers.
     ``convergence``: data, coefficient, sequences, groups, mean, deviation, see
     :func:`kelib.convergence.convergence`. ``texts``: data, documents the sequences were drawn from,
-    sequences, tokens, loss_nats (cross-entropy of the first loss_sequences), parameters.
+    sequences, tokens, loss_nats (cross-entropy of the first loss_sequences), parameters. With
+    ``questions`` in the profile also ``questions``, see :attr:`kelib.tasks.TaskResults.summary`.
     """
-    runs = study.runs()
-    execute(runs, study.profile.workers, "published model")
+    runs, asked = study.runs(), study.question_runs()
+    execute([*runs, *asked], study.profile.workers, "published model")
+    tables = {}
+    for name in TABLES:
+        tables[name] = _write(study, name, runs, "data")
+    if asked:
+        tables["questions"] = _write(study, "questions", asked, "questions")
+    return tables
+
+
+def _write(study: PublishedStudy, name: str, runs: list[Run], by: str) -> pd.DataFrame:
+    """The tables ``name`` of the runs below each other; ``by`` is the setting that tells these."""
     made = [study.model_run(), *runs]
-    inputs = {run.settings.get("data", "model"): run.digest for run in made}
+    inputs = {run.settings.get(by, "model"): run.digest for run in made}
     note = provenance(study.profile.parameters, [study.profile.seed], inputs)
     note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in made), 1)
     note["runs"] = len(made)
-    tables = {}
-    for name in TABLES:
-        parts = []
-        for run in runs:
-            part = run.read_table(f"{name}.csv")
-            part.insert(0, "data", run.settings["data"])
-            parts.append(part)
-        path = study.measurements / f"{name}.csv"
-        write_table(pd.concat(parts, ignore_index=True), path, note)
-        tables[name] = read_table(path)
-    return tables
+    parts = []
+    for run in runs:
+        part = run.read_table(f"{name}.csv")
+        part.insert(0, by, run.settings[by])
+        parts.append(part)
+    path = study.measurements / f"{name}.csv"
+    write_table(pd.concat(parts, ignore_index=True), path, note)
+    return read_table(path)
 
 
 class PublishedTables(Tables):

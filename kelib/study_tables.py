@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from kelib.items import accuracy_interval, gain_interval
 from kelib.metrics import acquisition, forgetting, forgetting_over_chance
 from kelib.runs import Run
 from kelib.study import Study
@@ -88,7 +89,8 @@ def continual_table(
 
     ``_pt`` is the checkpoint as pretrained; after an intervention ``_modified`` is the changed
     model before continual learning, and ``acquisition_modified`` / ``forgetting_modified`` take it
-    as the baseline.
+    as the baseline. ``k_gain_low`` to ``p_change_high`` bound K_CL - K_PT over the entries and
+    P_CL - P_PT over the questions of that one run, see :mod:`kelib.items`.
     """
     before = checkpoints.set_index(["seed", "step"])
     labels = {seed: study.stages(entropy, seed) for seed in study.profile.seeds}
@@ -117,6 +119,7 @@ def continual_table(
         pretrained = {**start, "entropy": totals[(s["seed"], s["step"])]}
         row |= {f"{name}_pt": pretrained[name] for name in after}
         row |= {f"{name}_cl": value for name, value in after.items()}
+        row |= _item_intervals(study.evaluate_run(s["seed"], s["step"]), run)
         if s["intervention"] is not None:
             modified = study.intervene_run(s["seed"], s["step"], s["intervention"]).read()
             row |= {f"{name}_modified": modified[name] for name in after}
@@ -133,6 +136,19 @@ def continual_table(
         table.loc[changed, "acquisition_modified"] = acquisition(t["k_modified"], t["k_cl"])
         table.loc[changed, "forgetting_modified"] = forgetting(t["p_modified"], t["p_cl"])
     return table
+
+
+def _item_intervals(before: Run, after: Run) -> dict[str, float]:
+    """95 % bounds of the change from the checkpoint, over the entries and questions of the run."""
+    one, two = (
+        [run.read_table(f"{n}.csv") for n in ("probes", "questions")] for run in (before, after)
+    )
+    found = {"k_gain": gain_interval(one[0], two[0]), "p_change": accuracy_interval(one[1], two[1])}
+    return {
+        f"{name}_{end}": getattr(interval, end)
+        for name, interval in found.items()
+        for end in ("low", "high")
+    }
 
 
 def curves_table(grid: Iterable[tuple[str, Run]]) -> pd.DataFrame:

@@ -73,6 +73,7 @@ def run_of(kind: str) -> Run:
     }
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
+    runs["asked"] = other.question_runs()[0]
     return runs[kind]
 
 

@@ -73,7 +73,8 @@ def test_unknown_key_is_named_with_a_suggestion_and_the_valid_ones(values):
     values["continual"]["step"] = values["continual"].pop("steps")
     refuses(
         "unknown key continual.step: did you mean continual.steps? valid keys are batch_size, "
-        "control_seeds, curve_seeds, injections, learning_rates, optimizer, save_every, seeds, stages",
+        "control_seeds, curve_seeds, injections, learning_rates, optimizer, save_every, seeds, "
+        "stages",
         values,
     )
 

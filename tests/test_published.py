@@ -37,6 +37,7 @@ from kelib.published_jobs import (
     separator,
     totals,
 )
+from kelib.published_questions import read_questions
 from kelib.runs import perform
 from kelib.sources import Member
 
@@ -386,3 +387,32 @@ def test_what_is_drawn_are_the_numbers_of_the_table() -> None:
     ax = plots_published.convergence_curve(table, plots.panels(1)[1][0, 0], "data")
     assert ax.containers[0].lines[0].get_ydata().tolist() == [-0.5, 0.0]
     plt.close("all")
+
+
+# --- questions -------------------------------------------------------------------------------
+
+
+def test_questions_are_asked_through_the_harness_and_their_table_is_written(tmp_path: Path) -> None:
+    profile = published_from(VALUES | {"questions": ["generated:one"], "data": ["generated:one"]})
+    study = PublishedStudy(profile, tmp_path)
+    tables = measure_published(study)
+    found = tables["questions"]
+    assert set(found["questions"]) == {"generated:one"} and len(found) == 6
+    assert (found["metric"] == "acc_norm").all() and (found["chance"] == 0.25).all()
+    (run,) = study.question_runs()
+    items = run.read_table("items.csv")
+    by_task = items.groupby("task")["correct"].mean()
+    assert by_task.to_dict() == pytest.approx(found.set_index("task")["accuracy"].to_dict())
+
+
+def test_questions_do_not_rename_the_runs_of_the_entropies() -> None:
+    with_questions = published_from(VALUES | {"questions": ["medmcqa"]})
+    runs = [
+        PublishedStudy(p, Path("data")).runs() for p in (published_from(VALUES), with_questions)
+    ]
+    assert [r.digest for r in runs[0]] == [r.digest for r in runs[1]]
+
+
+def test_unknown_questions_are_named(tmp_path: Path) -> None:
+    with pytest.raises(KelibError, match=r"questions 'sciq' must be one of medmcqa, or generated"):
+        read_questions("sciq", tmp_path)
