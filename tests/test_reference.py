@@ -23,10 +23,10 @@ from kelib.errors import KelibError
 from kelib.readme import (
     claims_markdown,
     controls_markdown,
-    figures_markdown,
     protocol_markdown,
     refresh_readme,
 )
+from kelib.readme_figures import figures_markdown
 from kelib.reference import SEARCH, promote, shown_profile
 from kelib.results import open_tables, save_figure, save_table
 from kelib.tables import provenance, write_table

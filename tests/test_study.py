@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from kelib import corpus
+from kelib import corpus, jobs
 from kelib.config import load_profile
 from kelib.entropy import shannon_entropy
 from kelib.errors import KelibError
@@ -423,7 +423,8 @@ def test_controls_curves_and_variants(entropy, tmp_path):
         s = run.settings
         plan = s["continual"]
         assert s["injected"] or (name == "protocol" and s["cl_seed"] == 0)
-        assert s["curve"] == (name == "protocol" and s["cl_seed"] == 0)
+        looked_at = name == "protocol" and s["cl_seed"] == 0 and s["injected"]
+        assert s["curve"] == s["keep"] == looked_at
         assert s["text"] == ("unread" if name == "general text" else "domain")
         assert s["epochs"] == (2 if name == "2 epochs" else 1)
         read = {"batch x 2": (10, 32), "2 epochs": (40, 16)}.get(name, (20, 16))
@@ -529,3 +530,94 @@ def test_profiles_share_no_folder_and_cleaning_touches_one_only(tmp_path):
     assert all((folder / "file").exists() for folder in folders["small"])
     assert (tmp_path / "sources").exists()
     clean("smoke", tmp_path)  # nothing to do is no error
+
+
+# --- continual learning that is interrupted, kept, or begun otherwise -----------------------------
+
+
+def inputs_of(run):
+    return {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
+
+
+def settings_with(run, **changes):
+    settings = json.loads(json.dumps(dict(run.settings)))
+    settings["continual"] |= changes
+    return settings
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_killed_run_that_saved_its_state_ends_with_the_same_weights(finished, tmp_path):
+    run = next(run for _, run in finished.continual if run.settings["curve"])
+    settings = settings_with(run, save_every=3)
+
+    def stop(share):
+        if share > 0.9 * 0.75:  # steps 3 and 6 of 10 are saved, 8 is under way
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        jobs.continual(settings, inputs_of(run), tmp_path, stop)
+    assert (tmp_path / jobs.STATE).exists() and not (tmp_path / "result.json").exists()
+    begun = []
+    jobs.continual(settings, inputs_of(run), tmp_path, begun.append)
+    assert min(begun) == pytest.approx(0.9 * 0.7)  # it went on at step 7
+    weights = [load_file(f / "model" / "model.safetensors") for f in (tmp_path, run.folder)]
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[1])
+    for name in ("curve.csv", "exposures.csv", "probes.csv", "questions.csv"):
+        assert (tmp_path / name).read_bytes() == (run.folder / name).read_bytes()
+    assert json.loads((tmp_path / "result.json").read_text()) == run.read()
+    assert not (tmp_path / jobs.STATE).exists()
+
+
+def test_a_broken_saved_state_is_named(finished, tmp_path):
+    run = next(run for _, run in finished.continual if run.settings["curve"])
+    (tmp_path / jobs.STATE).write_bytes(b"no weights")
+    with pytest.raises(KelibError, match=r"state.safetensors is not a state of this run .*delete"):
+        jobs.continual(settings_with(run), inputs_of(run), tmp_path, lambda share: None)
+
+
+def test_only_injected_runs_of_the_curve_seeds_keep_weights_and_curves(finished):
+    for _, run in [*finished.continual, *finished.interventions]:
+        s = run.settings
+        assert (run.folder / "model").is_dir() == s["keep"] == s["injected"]
+        assert (run.folder / "curve.csv").exists() == (s["injected"] and s["intervention"] is None)
+
+
+def test_own_moments_and_another_schedule_change_the_run(finished, tmp_path):
+    plain = next(run for _, run in finished.continual if run.settings["step"] == STEPS)
+    study = Study(
+        load_profile("smoke", {**SMALL, "pretraining.optimizer_states": [STEPS]}), tmp_path
+    )
+    settings = dict(plain.settings)
+    with pytest.raises(KelibError, match=r"optimizer.safetensors is not a state of this run"):
+        jobs.continual(settings | {"own_moments": True}, inputs_of(plain), tmp_path, print)
+    corpus_run = plain.inputs["corpus"]
+    pretrain = study.pretrain_run(settings["seed"])
+    (tmp_path / "pretrain").mkdir()
+    jobs.pretrain(
+        pretrain.settings, {"corpus": corpus_run.folder}, tmp_path / "pretrain", lambda share: None
+    )
+    settings["pretrain"] = pretrain.settings["digest"]
+    losses = {}
+    for own in (False, True):
+        folder = tmp_path / str(own)
+        folder.mkdir()
+        inputs = {"corpus": corpus_run.folder, "pretrain": tmp_path / "pretrain"}
+        jobs.continual(settings | {"own_moments": own}, inputs, folder, lambda share: None)
+        losses[own] = json.loads((folder / "result.json").read_text())["losses"]
+    assert losses[False] == plain.read()["losses"]  # keeping moments changes no number
+    assert losses[True][0] == losses[False][0] and losses[True][1] != losses[False][1]
+
+
+def test_any_intervention_may_come_before(finished, tmp_path):
+    study = finished.study
+    change = {"name": "resuscitate_preserving", "ratio": 0.5, "factor": 1.0}
+    run = study.intervene_run(SEEDS[0], STEPS, change)
+    assert run.digest != study.intervene_run(SEEDS[0], STEPS, study.changes()[0]).digest
+    perform(run)
+    before = study.evaluate_run(SEEDS[0], STEPS).read()
+    assert run.read()["k"] == pytest.approx(before["k"], abs=1e-4)  # the same function
+    own = finished.entropy.query(f"seed == {SEEDS[0]} and step == {STEPS}")["entropy_nats"].sum()
+    assert run.read()["entropy"] != pytest.approx(own, abs=1e-3)

@@ -1,0 +1,223 @@
+"""The table of figures in the README: notebook, target, minutes, our number beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from kelib.config import load_profile
+from kelib.published import load_published, published_profiles
+from kelib.results import Tables
+from kelib.study import peak_step
+from kelib.tables import read_provenance
+
+FIGURES = {
+    "fig02_knowledge_entropy": ("2", "about -0.5 nats"),
+    "fig03_attention_next_token": ("3", "both fall, next-token about 2.8 to 2.4 nats"),
+    "fig04_stages": ("4", "A 25.2 → 18.8 %, F (raw) 10.5 → 19.5 %"),
+    "fig05_resuscitation": ("5", "both up, P at most 0.5 points"),
+    "fig06_other_family": ("6", "falls in Pythia too"),
+    "fig07_data_sets": ("7", "falls on C4, PubMed and Dolma"),
+    "fig08_layers": ("8", "falls in every layer, most in the last"),
+    "fig09_definitions": ("9", "falls by the ReLU definition too, about -0.8 nats"),
+    "fig10_entities": ("10", "wider and higher on PubMed than on C4"),
+    "fig11_once_paraphrase": ("11", "once lags paraphrase, A(once) below 0 at the last stage"),
+    "fig12_before_after": ("12", "late stages better before, worse after"),
+    "fig13_corpora": ("13", "A first to last: PubMed -6.4, C4 -3.4 points"),
+    "tab01_protocols": ("tables 1, 2", "A falls with the stage but at LR 1e-4"),
+    "ours_learning_curves": ("ours", "not reported"),
+    "ours_probe_levels": ("ours", "not reported"),
+    "ours_task_forgetting": ("ours", "not reported"),
+    "ours_convergence": ("ours", "not reported"),
+    "ours_plasticity_panel": ("ours", "not reported"),
+    "ours_smollm2": ("ours", "OLMo-1B 99.5 % of its bound, other text"),
+    "tab00_claims": ("claims", "no intervals reported"),
+}
+
+
+def figures_markdown(opened: Callable[[str], Tables | None]) -> str:
+    """Figure -> notebook -> target -> our number beside the paper's, from reference tables.
+
+    ``opened`` gives the reference that a notebook shows, None where there is none yet.
+    """
+    lines = [
+        "| figure | notebook | target | minutes | ours | the paper (OLMo-1B) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    counted: set[tuple[str, str]] = set()  # the minutes of a stage stand in its first figure only
+    for name, (figure, paper) in FIGURES.items():
+        tables = opened(name)
+        if tables is None:
+            continue
+        stage = _STAGES.get(name, ())
+        spent = f"{_minutes(tables, stage):.0f}"
+        if stage and (tables.name, str(stage)) in counted:
+            spent = "no more"
+        counted.add((tables.name, str(stage)))
+        target = f"`figures/{tables.name}/{name}.json`"
+        link = f"[{name}](notebooks/{name}.ipynb)"
+        lines.append(
+            f"| {figure} | {link} | {target} | {spent} | {_ours(name, tables)} | {paper} |"
+        )
+    return "\n".join(lines)
+
+
+# the tables whose runs a figure needs beyond those of stages 1 and 2
+_CONTINUAL = (
+    *("fig04_stages", "fig11_once_paraphrase", "fig12_before_after"),
+    *("ours_learning_curves", "ours_probe_levels", "ours_task_forgetting"),
+)
+_STAGES = {
+    **{name: ("pretraining", "entropies", "checkpoints") for name in FIGURES},
+    **{name: ("continual",) for name in _CONTINUAL},
+    **{name: ("variants",) for name in ("fig13_corpora", "tab01_protocols")},
+    "fig05_resuscitation": ("interventions",),
+    "ours_smollm2": ("texts",),
+    "tab00_claims": (),
+}
+
+
+def _minutes(tables: Tables, names: tuple[str, ...]) -> float:
+    # tables are the same for any number of workers, so it is not in their parameters
+    loaded = load_published if tables.name in published_profiles() else load_profile
+    workers = loaded(tables.name).workers
+    notes = [read_provenance(tables.folder / f"{name}.csv") for name in names]
+    return sum(note["run_seconds"] / min(workers, note["runs"]) for note in notes) / 60
+
+
+def _ours(name: str, tables: Tables) -> str:
+    """Our number of one figure, in a few words."""
+    if name == "fig02_knowledge_entropy":
+        entropy = tables.table("entropy")
+        total = entropy.groupby(["seed", "step"])["entropy_nats"].sum()
+        change = [total[s].iloc[-1] - total[s][peak_step(entropy, s)] for s in tables.seeds]
+        return f"{np.mean(change):+.2f} nats after the peak{_of_seeds(change)}"
+    if name in _WORDS:
+        return _WORDS[name](tables)
+    if name in _IN_THE_NOTEBOOK:
+        return _IN_THE_NOTEBOOK[name]
+    if name == "ours_convergence":
+        rows = tables.table("convergence")
+        rows = rows[rows["step"] == rows["step"].max()].groupby("sequences")["mean"].mean()
+        near = int(rows.index[np.abs(rows.index - 128).argmin()])
+        return f"{near} sequences: {rows[near] - rows.iloc[-1]:+.3f} nats from {rows.index[-1]:,}"
+    if name == "ours_smollm2":
+        rows = tables.table("totals").query("kind == 'knowledge' and coefficient == 'absolute'")
+        shares = 100 * rows["entropy_nats"] / rows["bound_nats"]
+        parts = [f"{data} {share:.1f}" for data, share in zip(rows["data"], shares, strict=True)]
+        return f"SmolLM2-135M, % of the bound: {', '.join(parts)}"
+    return _entropies_words(name, tables)
+
+
+def _of_seeds(changes: list[float]) -> str:
+    return f", down in {sum(c < 0 for c in changes)} of {len(changes)} seeds"
+
+
+def _entropies_words(name: str, tables: Tables) -> str:
+    """Change from the peak of the model's knowledge entropy on the mixture to the end, nats."""
+    rows = tables.table("entropies")
+    models = list(dict.fromkeys(rows["model"]))
+    mixture = (rows["data"] == "mixture") & (rows["coefficient"] == "absolute")
+    plain = mixture & (rows["kind"] == "knowledge")
+    chosen, by = {
+        "fig03_attention_next_token": (mixture & (rows["kind"] != "knowledge"), "kind"),
+        "fig06_other_family": (plain & (rows["model"] == models[-1]), "model"),
+        "fig07_data_sets": (
+            (rows["kind"] == "knowledge") & (rows["coefficient"] == "absolute"),
+            "data",
+        ),
+        "fig08_layers": (plain, "layer"),
+        "fig09_definitions": (
+            (rows["kind"] == "knowledge") & (rows["data"] == "mixture"),
+            "coefficient",
+        ),
+    }[name]
+    model = models[-1] if name == "fig06_other_family" else models[0]
+    chosen &= rows["model"] == model
+    steps = {}
+    for seed in tables.seeds:
+        own = rows[plain & (rows["model"] == model) & (rows["seed"] == seed)]
+        steps[seed] = peak_step(own, seed), int(own["step"].max())
+    parts = []
+    for value, group in rows[chosen].groupby(by, sort=False):
+        total = group.groupby(["seed", "step"])["entropy_nats"].sum()
+        change = [total[seed][last] - total[seed][peak] for seed, (peak, last) in steps.items()]
+        label = f"layer {value + 1}" if by == "layer" else str(value).replace("_", "-")
+        parts.append(f"{label} {np.mean(change):+.2f}")
+    return "; ".join(parts) + " nats after the peak"
+
+
+def _ends(tables: Tables, values: list[str], name: str = "continual") -> pd.DataFrame:
+    """Means of ``values`` at the first and the last stage, injected runs of the first CL rate."""
+    runs = tables.table(name)
+    rate = tables.profile.continual.learning_rates[0]
+    runs = runs[runs["injected"] & (runs["learning_rate"] == rate)]
+    return runs.groupby("stage_step")[values].mean().iloc[[0, -1]]
+
+
+def _first_rate(tables: Tables) -> str:
+    return f"CL rate {tables.profile.continual.learning_rates[0]:g}"
+
+
+def _arrow(values: pd.Series, decimals: int = 1, scale: float = 100) -> str:
+    return f"{scale * values.iloc[0]:.{decimals}f} → {scale * values.iloc[1]:.{decimals}f}"
+
+
+def _stages_words(tables: Tables) -> str:
+    ends = _ends(tables, ["acquisition", "forgetting_over_chance"])
+    acquired, lost = _arrow(ends["acquisition"]), _arrow(ends["forgetting_over_chance"])
+    return f"{_first_rate(tables)}: A {acquired} %, F over chance {lost} %"
+
+
+def _sets_words(tables: Tables) -> str:
+    sets = ("once", "paraphrase")
+    ends = _ends(tables, [f"k_{name}_{when}" for name in sets for when in ("pt", "cl")])
+    gains = [_arrow(ends[f"k_{n}_cl"] - ends[f"k_{n}_pt"], 2, 1) for n in sets]
+    return f"{_first_rate(tables)}: K gain once {gains[0]}, paraphrase {gains[1]} nats"
+
+
+def _before_after_words(tables: Tables) -> str:
+    ends = _ends(tables, ["k_pt", "k_cl", "p_pt", "p_cl"])
+    knows = f"K {_arrow(ends['k_pt'], 2, 1)} before, {_arrow(ends['k_cl'], 2, 1)} after"
+    tasks = f"P {_arrow(ends['p_pt'])} % before, {_arrow(ends['p_cl'])} % after"
+    return f"{_first_rate(tables)}: {knows}; {tasks}"
+
+
+def _corpora_words(tables: Tables) -> str:
+    plan = tables.profile.continual
+    (other,) = [v.name for v in plan.variants if v.text == "general"]
+    runs = pd.concat([tables.table("continual"), tables.table("variants")])
+    runs = runs[runs["injected"] & (runs["learning_rate"] == plan.learning_rates[0])]
+    parts = []
+    for label, name in (("domain", runs["variant"].iloc[0]), ("general", other)):
+        ends = runs[runs["variant"] == name].groupby("stage_step")["acquisition"].mean()
+        parts.append(f"{label} {100 * (ends.iloc[-1] - ends.iloc[0]):+.1f}")
+    return f"{_first_rate(tables)}, A first to last: {', '.join(parts)} points"
+
+
+def _resuscitation_words(tables: Tables) -> str:
+    rate, rows = tables.profile.continual.learning_rates[0], tables.table("interventions")
+    arms = rows[rows["learning_rate"] == rate].assign(q=rows["factor"].fillna(0))
+    after = arms.groupby("q")[["k_cl", "p_cl"]].mean()
+    gain = after.loc[1.0] - after.loc[0.0]
+    woken = f"K {gain['k_cl']:+.3f} nats, P {100 * gain['p_cl']:+.1f} points"
+    return f"{_first_rate(tables)}: q = 1 minus original, {woken}"
+
+
+_WORDS: dict[str, Callable[[Tables], str]] = {
+    "fig04_stages": _stages_words,
+    "fig05_resuscitation": _resuscitation_words,
+    "fig11_once_paraphrase": _sets_words,
+    "fig12_before_after": _before_after_words,
+    "fig13_corpora": _corpora_words,
+}
+_IN_THE_NOTEBOOK = {
+    "tab00_claims": "the table above",
+    "ours_plasticity_panel": "correlations in the notebook",
+    "tab01_protocols": "the tables in the notebook",
+    "ours_learning_curves": "what is gained at injections and lost between them",
+    "ours_probe_levels": "by level in the notebook",
+    "ours_task_forgetting": "by task in the notebook",
+}
