@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kelib.arms import Interventions
 from kelib.errors import KelibError, listing
 from kelib.schema import (
     at_least,
@@ -259,22 +260,6 @@ class Continual:
         require(
             len(set(names)) == len(names), "continual.variants", names, "a list of distinct names"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Interventions:
-    """Resuscitation of the last stage: every p with every q at every learning rate."""
-
-    ratios: tuple[float, ...]  # p of Algorithm 1
-    factors: tuple[float, ...]  # q of Algorithm 1
-    learning_rates: tuple[float, ...]  # of the continual learning that follows
-
-    def __post_init__(self) -> None:
-        for ratio in self.ratios:
-            require(0 <= ratio <= 1, "interventions.ratios", ratio, "between 0 and 1")
-        for factor in self.factors:
-            require(factor > 0, "interventions.factors", factor, "above 0")
-        unique(self, "ratios", "factors", "learning_rates")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,14 +159,18 @@ def evaluate(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
 
 
 def intervene(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """What an intervention alone does to a checkpoint: knowledge, losses, entropy."""
+    """What an intervention alone does to a checkpoint: knowledge, losses, entropy, weights."""
     from kelib.evaluation import evaluate
+    from kelib.interventions import describe_change
 
     packed = load_corpus(inputs["corpus"])
+    before, _ = _start({**settings, "intervention": None}, inputs)
     model, tokenizer = _start(settings, inputs)
     found = evaluate(model, tokenizer, _world_of(settings), packed)
     _write_items(folder, "", found)
-    _write_result(folder, found, model, packed, {})
+    weights = describe_change(before, model)["total"]
+    more = {f"weights_{name}": value for name, value in weights.items()}
+    _write_result(folder, found, model, packed, more)
 
 
 def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:

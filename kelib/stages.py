@@ -28,7 +28,7 @@ from kelib.study_tables import (
 from kelib.tables import library_digest, provenance, read_provenance, read_table, write_table
 
 MEASURED = ("entropy", "entropies", "panel", "convergence", "checkpoints")
-TABLES = ("pretraining", *MEASURED, "curves", "variants", "continual", "interventions")
+TABLES = ("pretraining", *MEASURED, "curves", "variants", "continual", "arms", "interventions")
 
 
 def open_study(
@@ -115,18 +115,22 @@ def continual(study: Study) -> pd.DataFrame:
 
 def intervene(study: Study) -> pd.DataFrame:
     """Stage 4: resuscitation of the last stage, then continual learning. Originals stand in the
-    same table.
+    same table. Other interventions, where the profile has some, are a table of their own (arms).
     """
-    grid = study.intervention_grid()
-    runs = [*study.intervene_runs(), *(run for _, run in grid)]
-    study.run(runs, "resuscitation")
+    grid, arms = study.intervention_grid(), study.arms_grid()
+    runs = [*study.intervene_runs(), *(run for _, run in [*grid, *arms])]
+    study.run(runs, "interventions")
     entropy, checkpoints = table(study, "entropy"), table(study, "checkpoints")
+    inputs = ["entropy", "checkpoints", "continual"]
+    if arms:
+        rows = continual_table(study, arms, checkpoints, entropy)
+        _write(study, "arms", rows, inputs, [run for _, run in arms])
     resuscitated = continual_table(study, grid, checkpoints, entropy)
     originals = table(study, "continual")
     last = originals["stage_step"] == study.profile.pretraining.steps
     rates = originals["learning_rate"].isin(study.profile.interventions.learning_rates)
     rows = pd.concat([originals[last & rates & originals["injected"]], resuscitated])
-    return _write(study, "interventions", rows, ["entropy", "checkpoints", "continual"], runs)
+    return _write(study, "interventions", rows, inputs, [run for _, run in grid])
 
 
 def until(study: Study, stage: int) -> None:

@@ -200,17 +200,28 @@ class Study:
 
     def intervention_grid(self) -> list[tuple[str, Run]]:
         """Resuscitation of the last checkpoint at every p, q, learning rate and CL seed."""
+        changes = [(PROTOCOL, change) for change in self.changes()]
+        return self._continued(changes, self.profile.interventions.learning_rates)
+
+    def arms_grid(self) -> list[tuple[str, Run]]:
+        """(label of the arm, run): the other interventions on the last checkpoint."""
+        plan = self.profile.interventions
+        return self._continued([(a.label, a.change) for a in plan.arms], plan.rates_of_arms)
+
+    def _continued(
+        self, changes: list[tuple[str, dict[str, Any]]], rates: tuple[float, ...]
+    ) -> list[tuple[str, Run]]:
         last = self.profile.pretraining.steps
         return [
-            (PROTOCOL, self.continual_run(seed, last, rate, cl_seed, True, change))
-            for rate in self.profile.interventions.learning_rates
+            (name, self.continual_run(seed, last, rate, cl_seed, True, change))
+            for rate in rates
             for cl_seed in self.profile.continual.seeds
-            for change in self.changes()
+            for name, change in changes
             for seed in self.profile.seeds
         ]
 
     def changes(self) -> list[dict[str, Any]]:
-        """Interventions as settings: every p with every q."""
+        """Resuscitation as settings: every p with every q."""
         plan = self.profile.interventions
         return [
             {"name": "resuscitate", "ratio": p, "factor": q}
@@ -223,7 +234,10 @@ class Study:
         last = self.profile.pretraining.steps
         return [
             self.intervene_run(seed, last, change)
-            for change in self.changes()
+            for change in [
+                *self.changes(),
+                *(arm.change for arm in self.profile.interventions.arms),
+            ]
             for seed in self.profile.seeds
         ]
 

@@ -101,7 +101,7 @@ def continual_table(
         after.pop("losses")
         start = before.loc[(s["seed"], s["step"])]
         names = {step: label for label, step in labels[s["seed"]].items()}
-        change = s["intervention"] or {"name": "none", "ratio": np.nan, "factor": np.nan}
+        change = s["intervention"] or {"name": "none"}
         row = {
             "seed": s["seed"],
             "stage_step": s["step"],
@@ -111,8 +111,8 @@ def continual_table(
             "cl_seed": s["cl_seed"],
             "injected": s["injected"],
             "intervention": change["name"],
-            "ratio": change["ratio"],
-            "factor": change["factor"],
+            "ratio": change.get("ratio", np.nan),
+            "factor": change.get("factor", np.nan),
             "chance": CHANCE,
             "tokens_per_parameter": start["tokens_per_parameter"],
         }
@@ -123,6 +123,7 @@ def continual_table(
         if s["intervention"] is not None:
             modified = study.intervene_run(s["seed"], s["step"], s["intervention"]).read()
             row |= {f"{name}_modified": modified[name] for name in after}
+            row |= {name: modified[name] for name in modified if name.startswith("weights_")}
         rows.append(row)
     keys = ["seed", "stage_step", "variant", "learning_rate", "intervention", "ratio", "factor"]
     table = pd.DataFrame(rows).sort_values([*keys, "cl_seed", "injected"], ignore_index=True)

@@ -36,6 +36,7 @@ SMALL = {
     "continual.variants": [],
     "continual.learning_rates": [6.0e-3],
     "interventions.factors": [1.0, 3.0],
+    "interventions.arms": [{"name": "resuscitate_preserving", "ratio": 0.5, "factor": 1.0}],
 }
 DATA = ("mixture", "facts", "general", "domain")
 MEASURED = {"corpus", "pretrain", "entropy", "evaluate"}
@@ -59,6 +60,7 @@ class Finished:
         self.entropy, self.checkpoints = self.tables["entropy"], checkpoints_table(self.study)
         self.continual = self.study.continual_grid(self.entropy)
         self.interventions = self.study.intervention_grid()
+        self.arms = self.study.arms_grid()
         self.study.run(self.runs, "continual learning")
         self.table = self.rows([*self.continual, *self.interventions])
 
@@ -67,7 +69,7 @@ class Finished:
 
     @property
     def runs(self):
-        grid = [*self.continual, *self.interventions]
+        grid = [*self.continual, *self.interventions, *self.arms]
         return [*self.study.measure_runs(), *self.study.intervene_runs(), *(r for _, r in grid)]
 
 
@@ -437,8 +439,8 @@ def test_what_an_intervention_does_alone_is_measured_once(entropy, tmp_path):
     study = Study(load_profile("smoke"), tmp_path)
     alone = study.intervene_runs()
     assert (
-        len({run.digest for run in alone}) == len(alone) == 4 * 2
-    )  # q, seeds; not CL seeds, rates
+        len({run.digest for run in alone}) == len(alone) == (4 + 4) * 2
+    )  # q and arms, seeds; not CL seeds, rates
     assert all(set(run.inputs) == {"corpus", "pretrain", "entropy"} for run in alone)
 
 
@@ -611,13 +613,13 @@ def test_own_moments_and_another_schedule_change_the_run(finished, tmp_path):
     assert losses[True][0] == losses[False][0] and losses[True][1] != losses[False][1]
 
 
-def test_any_intervention_may_come_before(finished, tmp_path):
-    study = finished.study
-    change = {"name": "resuscitate_preserving", "ratio": 0.5, "factor": 1.0}
-    run = study.intervene_run(SEEDS[0], STEPS, change)
-    assert run.digest != study.intervene_run(SEEDS[0], STEPS, study.changes()[0]).digest
-    perform(run)
-    before = study.evaluate_run(SEEDS[0], STEPS).read()
-    assert run.read()["k"] == pytest.approx(before["k"], abs=1e-4)  # the same function
-    own = finished.entropy.query(f"seed == {SEEDS[0]} and step == {STEPS}")["entropy_nats"].sum()
-    assert run.read()["entropy"] != pytest.approx(own, abs=1e-3)
+def test_other_interventions_are_continued_and_described(finished):
+    table = finished.rows(finished.arms)
+    assert set(table["variant"]) == {"resuscitate_preserving p=0.5 q=1"}
+    assert sorted(table["seed"]) == list(SEEDS) and table["injected"].all()
+    same = table["k_modified"] - table["k_pt"]
+    assert same.abs().max() < 1e-4  # the same function,
+    assert (table["entropy_modified"] - table["entropy_pt"]).abs().min() > 1e-3  # other entropy,
+    assert (table["weights_key_relative_change"] > 0.01).all()  # by other weights
+    woken = finished.table[finished.table["intervention"] == "resuscitate"]
+    assert (woken["weights_value_relative_change"] == 0).all()
