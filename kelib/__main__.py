@@ -74,7 +74,10 @@ def _status(arguments: argparse.Namespace) -> None:
         grids = {"5 published": [published.model_run(), *published.runs(), *asked]}
     else:
         study = stages.open_study(arguments.profile)
-        grids = {"1 pretrain": study.pretrain_runs(), "2 measure": study.measure_runs()}
+        grids = {
+            "1 pretrain": study.pretrain_runs(),
+            "2 measure": [*study.measure_runs(), *study.entities_runs()],
+        }
         grid = [run for _, run in study.intervention_grid()]
         grids["4 interventions"] = [*study.intervene_runs(), *grid]
         try:

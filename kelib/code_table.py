@@ -36,6 +36,7 @@ CODE = {
     "pretrain": ("jobs:pretrain", "training", "checkpoints"),
     "entropy": ("jobs:entropy", "convergence", "panel", *_ENTROPY),
     "evaluate": ("jobs:evaluate", *_EVALUATION),
+    "entities": ("jobs:entities", "entities", "gazetteer", "batches"),
     "intervene": ("jobs:intervene", *_CHANGED),
     "import_model": (
         *("jobs:import_model", "model_import", "archives", "sources", "parsing", "corpus"),

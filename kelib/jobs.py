@@ -158,6 +158,27 @@ def evaluate(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
     (folder / "result.json").write_text(json.dumps({**note, **found.summary()}, indent=1))
 
 
+def entities(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Nats of every mention of a name, and of the tokens outside, at the checkpoints of ``steps``:
+    numbers only.
+    """
+    from kelib import entities as measured
+    from kelib.checkpoints import load_checkpoint, step_folder
+
+    packed, choice = load_corpus(inputs["corpus"]), convert(Corpus, settings["corpus"], "corpus")
+    texts = measured.mentions_by_text(packed, choice, inputs["sources"], settings["seed"])
+    mentions, outside = [], []
+    for done, step in enumerate(settings["steps"], 1):
+        model, _ = load_checkpoint(step_folder(inputs["pretrain"], step), settings["pretrain"])
+        for data, (blocks, found) in texts.items():
+            nats, place = measured.token_nats(model, blocks), {"step": step, "data": data}
+            mentions.append(measured.mention_nats(found, nats).assign(**place))
+            outside.append({**place, **measured.outside_nats(found, nats)})
+        progress(done / len(settings["steps"]))
+    _write_table(pd.concat(mentions), folder / "mentions.csv", "%.6f")
+    _write_table(pd.DataFrame(outside), folder / "outside.csv", "%.6f")
+
+
 def intervene(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
     """What an intervention alone does to a checkpoint: knowledge, losses, entropy, weights."""
     from kelib.evaluation import evaluate

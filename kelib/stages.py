@@ -21,13 +21,14 @@ from kelib.study_tables import (
     checkpoints_table,
     continual_table,
     curves_table,
+    entities_table,
     entropy_tables,
     pretraining_table,
     save_coefficients,
 )
 from kelib.tables import library_digest, provenance, read_provenance, read_table, write_table
 
-MEASURED = ("entropy", "entropies", "panel", "convergence", "checkpoints")
+MEASURED = ("entropy", "entropies", "panel", "convergence", "entities", "checkpoints")
 TABLES = ("pretraining", *MEASURED, "curves", "variants", "continual", "arms", "interventions")
 
 
@@ -77,13 +78,14 @@ def pretrain(study: Study) -> pd.DataFrame:
 def measure(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Stage 2: (entropy by seed, step, layer; probes, tasks and losses by seed and step).
 
-    Writes all tables of :data:`MEASURED`, see :func:`kelib.study.entropy_tables`.
+    Writes all tables of :data:`MEASURED`, see :mod:`kelib.study_tables`.
     """
-    runs = study.measure_runs()
+    runs = [*study.measure_runs(), *study.entities_runs()]
     study.run(runs, "measure")
     tables = {**entropy_tables(study), "checkpoints": checkpoints_table(study)}
+    tables["entities"] = entities_table(study)
     save_coefficients(study)
-    made = {"checkpoints": "evaluate"}
+    made = {"checkpoints": "evaluate", "entities": "entities"}
     for name in MEASURED:
         of_it = [run for run in runs if run.kind == made.get(name, "entropy")]
         tables[name] = _write(study, name, tables[name], ["pretraining"], of_it)

@@ -101,6 +101,24 @@ class Study:
         entropies = [self.entropy_run(*place, model) for model in self.models for place in places]
         return [*entropies, *(self.evaluate_run(*place) for place in places)]
 
+    def entities_run(self, seed: int) -> Run:
+        """Perplexity of names at the checkpoints near the stages: one run, as the texts and names
+        of a seed are the same at all of them.
+        """
+        corpus, pretrain = self.corpus_run(seed), self.pretrain_run(seed)
+        settings = {
+            "seed": seed,
+            "steps": self.near_stages(),
+            "corpus": _plain(self.profile.corpus),
+            "pretrain": pretrain.settings["digest"],
+        }
+        made = {"corpus": corpus, "pretrain": pretrain}
+        return Run("entities", self._home("entities"), settings, made, corpus.files)
+
+    def entities_runs(self) -> list[Run]:
+        """Perplexity of names for every seed."""
+        return [self.entities_run(seed) for seed in self.profile.seeds]
+
     def near_stages(self) -> list[int]:
         """Steps of the checkpoints nearest to the shares of ``continual.stages``, in order."""
         p, steps = self.profile, np.array(self.profile.pretraining.checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from kelib.study import Study
 from kelib.tables import stack_coefficients
 
 CHANCE = 0.25
+QUANTILES = (5, 25, 50, 75, 95)  # per cent of the mentions of names
 
 
 def pretraining_table(study: Study, every: int = 25) -> pd.DataFrame:
@@ -69,6 +71,46 @@ def checkpoints_table(study: Study) -> pd.DataFrame:
             row |= {"tokens": tokens, "tokens_per_parameter": tokens / result["parameters"]}
             rows.append({**row, **result})
     return pd.DataFrame(rows)
+
+
+def entities_table(study: Study) -> pd.DataFrame:
+    """How well names are predicted, a row by seed, step (the checkpoints near the stages) and data
+    (general or domain).
+
+    The columns of :func:`perplexities`, then outside_tokens and outside_nats_per_token: the tokens
+    of no name in the same sequences.
+    """
+    keys, rows = ["step", "data"], []
+    place: Any  # rows have no types of their own
+    for seed in study.profile.seeds:
+        run = study.entities_run(seed)
+        mentions = run.read_table("mentions.csv").groupby(keys)
+        for place in run.read_table("outside.csv").itertuples(index=False):
+            at = (place.step, place.data)
+            found = mentions.get_group(at) if at in mentions.groups else mentions.head(0)
+            row = {"seed": seed, "step": place.step, "data": place.data, **perplexities(found)}
+            row["outside_tokens"] = place.tokens
+            row["outside_nats_per_token"] = place.nats / place.tokens if place.tokens else np.nan
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def perplexities(mentions: pd.DataFrame) -> dict[str, float]:
+    """The mentions of names in one text, in one row; the perplexity of a mention is
+    exp(nats / tokens).
+
+    ``mentions`` has columns name, tokens, nats, a row each. Returned are mentions and names (how
+    many, and how many distinct ones), tokens_per_mention, nats_per_token (over all their tokens),
+    perplexity_05 to perplexity_95 (quantiles over mentions, interpolated in ln perplexity),
+    ln_perplexity_mean and ln_perplexity_sd (over mentions). NaN where there are too few.
+    """
+    tokens, nats = (mentions[name].to_numpy(dtype=float) for name in ("tokens", "nats"))
+    logs = pd.Series(nats / tokens)
+    row: dict[str, float] = {"mentions": len(mentions), "names": mentions["name"].nunique()}
+    row["tokens_per_mention"] = mentions["tokens"].mean() if len(mentions) else np.nan
+    row["nats_per_token"] = nats.sum() / tokens.sum() if len(mentions) else np.nan
+    row |= {f"perplexity_{q:02d}": float(np.exp(logs.quantile(q / 100))) for q in QUANTILES}
+    return row | {"ln_perplexity_mean": logs.mean(), "ln_perplexity_sd": logs.std()}
 
 
 def save_coefficients(study: Study) -> None:

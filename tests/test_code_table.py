@@ -68,6 +68,7 @@ def run_of(kind: str) -> Run:
         "pretrain": study.pretrain_run(0),
         "entropy": study.entropy_run(0, 0),
         "evaluate": study.evaluate_run(0, 0),
+        "entities": study.entities_run(0),
         "intervene": study.intervene_run(0, 0, study.changes()[0]),
         "continual": study.continual_run(0, 0, 1e-3, 0, True, study.changes()[0]),
     }

@@ -21,6 +21,7 @@ from kelib.study_tables import (
     CHANCE,
     checkpoints_table,
     continual_table,
+    entities_table,
     entropy_tables,
     pretraining_table,
     save_coefficients,
@@ -39,7 +40,7 @@ SMALL = {
     "interventions.arms": [{"name": "resuscitate_preserving", "ratio": 0.5, "factor": 1.0}],
 }
 DATA = ("mixture", "facts", "general", "domain")
-MEASURED = {"corpus", "pretrain", "entropy", "evaluate"}
+MEASURED = {"corpus", "pretrain", "entropy", "evaluate", "entities"}
 IDENTITY = ["seed", "stage_step", "stage_label", "learning_rate", "cl_seed", "injected"]
 CHANGE = ["intervention", "ratio", "factor"]
 RESULTS = ["k", "p", "k_once", "k_paraphrase", "loss_general", "loss_domain", "entropy"]
@@ -55,7 +56,7 @@ class Finished:
             patch.setattr(corpus, "TOKENIZER_CHARACTERS", 100_000)
             for seed in SEEDS:
                 perform(self.study.corpus_run(seed))
-        self.study.run(self.study.measure_runs(), "measure")
+        self.study.run([*self.study.measure_runs(), *self.study.entities_runs()], "measure")
         self.tables = entropy_tables(self.study)
         self.entropy, self.checkpoints = self.tables["entropy"], checkpoints_table(self.study)
         self.continual = self.study.continual_grid(self.entropy)
@@ -70,7 +71,8 @@ class Finished:
     @property
     def runs(self):
         grid = [*self.continual, *self.interventions, *self.arms]
-        return [*self.study.measure_runs(), *self.study.intervene_runs(), *(r for _, r in grid)]
+        measured = [*self.study.measure_runs(), *self.study.entities_runs()]
+        return [*measured, *self.study.intervene_runs(), *(r for _, r in grid)]
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +142,35 @@ def test_checkpoints_have_a_row_per_seed_and_step(finished):
     losses = table.pivot(index="seed", columns="step", values="loss_general")
     assert np.allclose(losses[0], math.log(512), atol=0.3)  # an untrained model knows nothing
     assert (losses[40] < losses[0] - 1).all()  # and this one learned
+
+
+def test_names_have_a_row_per_seed_stage_and_text(finished):
+    table = entities_table(finished.study)
+    keys = [(s, c, data) for s in SEEDS for c in (20, 40) for data in ("general", "domain")]
+    assert list(table[["seed", "step", "data"]].itertuples(index=False, name=None)) == keys
+    assert np.isfinite(table.select_dtypes("number")).all(axis=None)
+    quantiles = table[[f"perplexity_{q:02d}" for q in (5, 25, 50, 75, 95)]].to_numpy()
+    assert (quantiles[:, 0] > 1).all() and (np.diff(quantiles, axis=1) > 0).all()
+    assert (table["names"] > 20).all() and (table["mentions"] > 3 * table["names"]).all()
+    # what is read and found does not depend on the checkpoint
+    assert (table.groupby(["seed", "data"])[["mentions", "outside_tokens"]].nunique() == 1).all(
+        None
+    )
+    # a model this young has learnt common words, and no names of another world
+    assert (table["nats_per_token"] > table["outside_nats_per_token"]).all()
+
+
+def test_the_mentions_of_a_run_are_numbers(finished):
+    run = finished.study.entities_run(100)
+    mentions = run.read_table("mentions.csv")
+    assert list(mentions) == ["mention", "name", "tokens", "nats", "step", "data"]
+    assert (mentions.drop(columns="data").dtypes != object).all()
+    assert set(mentions["data"]) == {"general", "domain"}
+    part = mentions.query("step == 40 and data == 'domain'")
+    row = entities_table(finished.study).query("seed == 100 and step == 40 and data == 'domain'")
+    assert row["mentions"].item() == len(part) == part["mention"].nunique()
+    total = part["nats"].sum() / part["tokens"].sum()
+    assert row["nats_per_token"].item() == pytest.approx(total)
 
 
 def test_k_of_a_checkpoint_is_that_of_its_probes(finished):
@@ -278,6 +309,8 @@ def test_a_table_of_unfinished_runs_is_refused(finished, tmp_path):
         entropy_tables(elsewhere)
     with pytest.raises(KelibError, match=r"evaluate run \w+ is missing"):
         checkpoints_table(elsewhere)
+    with pytest.raises(KelibError, match=r"entities run \w+ is missing"):
+        entities_table(elsewhere)
     with pytest.raises(KelibError, match=r"pretrain run \w+ is missing"):
         pretraining_table(elsewhere)
     with pytest.raises(KelibError, match=r"continual run \w+ is missing"):
@@ -496,6 +529,7 @@ def test_a_setting_concerns_only_what_rests_on_it(tmp_path, key, value, kept):
             "pretrain": study.pretrain_run(100).digest,
             "entropy": study.entropy_run(100, 60).digest,
             "evaluate": study.evaluate_run(100, 60).digest,
+            "entities": study.entities_run(100).digest,
             "continual": study.continual_run(100, 60, 6e-3, 0).digest,
         }
 
@@ -506,7 +540,8 @@ def test_a_setting_concerns_only_what_rests_on_it(tmp_path, key, value, kept):
 def test_settings_of_runs_can_be_written(entropy, tmp_path):
     study = Study(load_profile("smoke"), tmp_path)
     grid = (*study.continual_grid(entropy), *study.intervention_grid())
-    for run in (*study.measure_runs(), *study.intervene_runs(), *(run for _, run in grid)):
+    measured = (*study.measure_runs(), *study.entities_runs(), *study.intervene_runs())
+    for run in (*measured, *(run for _, run in grid)):
         settings = dict(run.settings)
         assert json.loads(json.dumps(settings)) == settings
 
