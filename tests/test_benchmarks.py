@@ -8,12 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from benchmarks import case, entropy, harness
+from benchmarks import case, entropy, harness, learning
 from benchmarks.__main__ import main
+from benchmarks.questions import lengths, questions, token_bound, word_tokenizer
 from benchmarks.rows import GROUPS, Comparison, Row, Variant, find_row, rows_of
 
 import kelib
 from kelib.errors import KelibError
+from kelib.requests import encode_request
+from kelib.runs import KEEP_MEMORY
+from kelib.scoring import Score
 from kelib.tables import read_provenance, read_table
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux")
@@ -62,6 +66,59 @@ def test_variants_that_are_compared_compute_the_same() -> None:
     ):
         assert measured.attention_entropy == pytest.approx(other.numpy() / sequences, abs=1e-5)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_sides_of_a_training_row_take_the_same_step() -> None:
+    """Adam's first step is the rate, but for gradients near its epsilon: clipping hardly shows."""
+    settings = {**learning.TINY, "batches": 1}  # transformers shuffles: one batch is the same one
+    start = entropy.random_model(settings).state_dict()
+    after = []
+    for prepare in (learning.theirs, learning.ours, learning.bare):
+        model, run = prepare(settings)
+        run(1)
+        after.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+    assert all((after[0][name] != start[name]).any() for name in start)
+    for other in after[1:]:
+        torch.testing.assert_close(other, after[0], rtol=0, atol=0.05 * learning.RATE)
+
+
+def test_questions_have_the_lengths_that_the_bound_is_computed_from() -> None:
+    settings = learning.SCORING_TINY
+    model = entropy.random_model(settings)
+    tokenizer = word_tokenizer(settings["model"]["vocab_size"])
+    requests = questions(model, tokenizer, settings)
+    contexts, choices = lengths(settings)
+    assert (contexts[0], contexts[-1]) == settings["context"]
+    assert (min(choices), max(choices)) == settings["choice"]
+    encoded = [encode_request(tokenizer, *request) for request in requests]
+    assert [target for _, target in encoded] == choices
+    assert [len(ids) - target for ids, target in encoded[::4]] == contexts
+    read = sum(len(ids) for ids, _ in encoded) / (sum(contexts) + sum(choices))
+    assert token_bound(settings) == pytest.approx(read)
+    greedy = [score.is_greedy for score in kelib.score_continuations(model, tokenizer, requests)]
+    assert all(greedy[3::4]) and not all(greedy)
+
+
+def test_different_scores_are_not_timed() -> None:
+    scores = [Score(-6.0, True, 2, 5), Score(-3.0, False, 1, 5)]
+    learning.require_equal(scores, [(-6.00015, True), (-3.0, False)])
+    with pytest.raises(KelibError, match=r"request 1: score_continuations gives -3.000000, greedy"):
+        learning.require_equal(scores, [(-6.0, True), (-3.00015, False)])
+    with pytest.raises(KelibError, match=r"request 0: .* HFLM -6.000000, greedy False; they must"):
+        learning.require_equal(scores, [(-6.0, False), (-3.0, False)])
+
+
+def test_a_trainer_that_stops_is_reported(capfd) -> None:
+    from benchmarks.paced import PacedTrainer
+    from transformers import TrainingArguments
+
+    def pace(folder):
+        arguments = TrainingArguments(output_dir=str(folder), max_steps=1, use_cpu=True)
+        rows = [{"words": [1]}] * 8  # nothing that the model takes
+        PacedTrainer(entropy.random_model(learning.TINY), rows, arguments)
+
+    with pytest.raises(KelibError, match="transformers' Trainer stopped before the steps asked"):
+        pace(learning.mkdtemp_until_exit())
 
 
 @LINUX
@@ -123,7 +180,7 @@ def test_ratios_medians_quartiles_and_verdicts() -> None:
     ("arguments", "message"),
     [
         (["--only", "nowhere"], "no benchmark 'nowhere'; there is all-three-512,"),
-        (["nothing"], "no group of benchmarks 'nothing'; there is entropy"),
+        (["nothing"], "no group of benchmarks 'nothing'; there is entropy, learning"),
         (["entropy", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["entropy", "--threads", "0"], "--threads 0 must be at least 1"),
         (["--output", "x.csv"], "name a group or a row"),
@@ -133,6 +190,20 @@ def test_a_wrong_call_is_refused_in_one_line(arguments, message, capsys) -> None
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_a_row_brings_its_environment(monkeypatch) -> None:
+    seen = []
+
+    def run_case(row, quantity, variants, settings, threads, more):
+        seen.append((row, quantity, variants, more))
+        return {name: {"wall": [1.0], "cpu": [1.0]} for name in variants}
+
+    monkeypatch.setattr(harness, "run_case", run_case)
+    (record,) = harness.run_row(find_row("grid"), {"repeats": 1})
+    assert seen == [("grid", "time", ["2 workers", "ideal"], KEEP_MEMORY)]
+    assert record["model"].endswith("8 runs of 600 steps x 16 x 64 tokens")
+    assert record["ratio"] == 1.0
 
 
 def test_a_case_that_fails_says_so() -> None:

@@ -38,12 +38,18 @@ COLUMNS = (
 
 
 def run_case(
-    row: str, quantity: str, variants: Iterable[str], settings: Mapping[str, Any], threads: int
+    row: str,
+    quantity: str,
+    variants: Iterable[str],
+    settings: Mapping[str, Any],
+    threads: int,
+    more: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run ``variants`` of a row in a subprocess: by name, their seconds or peak MB.
 
     ``quantity`` is ``"time"`` (any number of variants, run in turn) or ``"memory"`` (one).
-    ``settings`` replace some of the row's. KelibError with what the subprocess said if it fails.
+    ``settings`` replace some of the row's; ``more`` are variables of the environment. KelibError
+    with what the subprocess said if it fails.
     """
     job = {"row": row, "quantity": quantity, "variants": list(variants), "settings": dict(settings)}
     count = str(threads)
@@ -56,7 +62,7 @@ def run_case(
     done = subprocess.run(
         [sys.executable, "-m", f"{PACKAGE}.case", json.dumps(job)],
         cwd=repository_root(),
-        env=environment | (STABLE if quantity == "memory" else {}),
+        env=environment | dict(more or {}) | (STABLE if quantity == "memory" else {}),
         capture_output=True,
         text=True,
         timeout=TIME_LIMIT,
@@ -87,7 +93,7 @@ def run_row(
     if names["time"]:
         rounds = {"repeats": max(1, used["repeats"] // PROCESSES)}
         parts = [
-            run_case(row.name, "time", names["time"], settings | rounds, threads)
+            run_case(row.name, "time", names["time"], settings | rounds, threads, row.environment)
             for _ in range(min(PROCESSES, used["repeats"]))
         ]
         seconds = {
@@ -156,12 +162,15 @@ def _record(comparison: Comparison, values: Mapping[str, float], unit: str) -> d
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    """Model and shape of a row in one line, from its settings ``model``, ``batch`` and so on."""
+    """Model and data of a row in one line, from its settings ``model``, ``batch`` and so on.
+
+    ``data`` among them stands for the data where that is no number of batches.
+    """
     model = settings["model"]
+    data = settings.get("data") or "{batches} x {batch} x {tokens} tokens".format(**settings)
     return (
         f"{model['model_type']} d={model['hidden_size']} m={model['intermediate_size']} "
-        f"{model['num_hidden_layers']} layers V={model['vocab_size']}, {settings['batches']} x "
-        f"{settings['batch']} x {settings['tokens']} tokens"
+        f"{model['num_hidden_layers']} layers V={model['vocab_size']}, {data}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +12,7 @@ from kelib.errors import KelibError, listing
 
 # A module of this package each, with a tuple ROWS. A new row is one entry there and, if it compares
 # what none did before, one function that prepares it.
-GROUPS = ("entropy",)
+GROUPS = ("entropy", "learning")
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Row:
         comparisons: a line of the printed table each.
         settings: ``repeats`` (rounds of timing) and whatever ``prepare`` reads.
         tiny: settings that replace some of these in tests, where only the code is to be run.
+        environment: variables that its time is taken under, beside those of every case.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Row:
     comparisons: Sequence[Comparison]
     settings: Mapping[str, Any]
     tiny: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def rows_of(group: str | None = None) -> dict[str, Row]:
