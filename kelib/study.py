@@ -141,7 +141,10 @@ class Study:
         their learning curve is scored where no intervention came before.
         """
         plan, of = self.profile.continual, variant or Variant("", (rate,), (cl_seed,))
-        kept = {"steps": of.steps or plan.steps, "batch_size": of.batch_size or plan.batch_size}
+        kept: dict[str, int | None] = {
+            "steps": of.steps or plan.steps,
+            "batch_size": of.batch_size or plan.batch_size,
+        }
         kept |= {"injections": plan.injections, "save_every": plan.save_every}
         # the lists that the grid is made of are no settings of a run
         lists = {"learning_rates": [rate], "seeds": [cl_seed], "stages": [1.0]}
