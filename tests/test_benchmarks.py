@@ -44,7 +44,10 @@ def test_a_row_end_to_end_through_a_subprocess(tmp_path) -> None:
     assert note["parameters"] == {"threads": 1} and note["versions"]["torch"]
 
 
-@pytest.mark.parametrize("name", list(rows_of()))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "grid" else []) for n in rows_of()],
+)
 def test_every_row_prepares_what_it_compares(name) -> None:
     row = find_row(name)
     variants = row.prepare({**row.settings, **row.tiny})
@@ -108,17 +111,16 @@ def test_different_scores_are_not_timed() -> None:
         learning.require_equal(scores, [(-6.0, False), (-3.0, False)])
 
 
-def test_a_trainer_that_stops_is_reported(capfd) -> None:
+def test_a_trainer_that_stops_is_reported(tmp_path) -> None:
     from benchmarks.paced import PacedTrainer
     from transformers import TrainingArguments
 
-    def pace(folder):
-        arguments = TrainingArguments(output_dir=str(folder), max_steps=1, use_cpu=True)
-        rows = [{"words": [1]}] * 8  # nothing that the model takes
-        PacedTrainer(entropy.random_model(learning.TINY), rows, arguments)
-
+    silent = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, **silent)
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
+    paced = PacedTrainer(entropy.random_model(learning.TINY), rows, arguments)
     with pytest.raises(KelibError, match="transformers' Trainer stopped before the steps asked"):
-        pace(learning.mkdtemp_until_exit())
+        paced.run(2)
 
 
 @LINUX
@@ -202,7 +204,7 @@ def test_a_row_brings_its_environment(monkeypatch) -> None:
     monkeypatch.setattr(harness, "run_case", run_case)
     (record,) = harness.run_row(find_row("grid"), {"repeats": 1})
     assert seen == [("grid", "time", ["2 workers", "ideal"], KEEP_MEMORY)]
-    assert record["model"].endswith("8 runs of 600 steps x 16 x 64 tokens")
+    assert record["model"].endswith("8 runs of 1000 steps x 16 x 64 tokens")
     assert record["ratio"] == 1.0
 
 

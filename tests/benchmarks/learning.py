@@ -218,9 +218,9 @@ SCORING_TINY = described(
 _smoke = load_profile("smoke")
 GRID = {
     "model": {**asdict(_smoke.model), "vocab_size": _smoke.corpus.vocabulary_size},
-    "data": f"8 runs of 600 steps x {_smoke.pretraining.batch_size} x "
+    "data": f"8 runs of 1000 steps x {_smoke.pretraining.batch_size} x "
     f"{_smoke.corpus.sequence_length} tokens",
-    **{"runs": 8, "changes": {"pretraining.steps": 600}, "repeats": 1},
+    **{"runs": 8, "changes": {"pretraining.steps": 1000}, "repeats": 1},
 }
 
 
