@@ -178,6 +178,14 @@ def _sets_words(tables: Tables) -> str:
     return f"{_first_rate(tables)}: K gain once {gains[0]}, paraphrase {gains[1]} nats"
 
 
+def _entities_words(tables: Tables) -> str:
+    rows = tables.table("entities")
+    means = rows.groupby(["data", "step"])[["ln_perplexity_mean", "ln_perplexity_sd"]].mean()
+    ends = (means.loc["domain"] - means.loc["general"]).iloc[[0, -1]]
+    higher, wider = (_arrow(ends[name], 2, 1) for name in means.columns)
+    return f"ln perplexity of names, domain minus general: mean {higher}, s.d. {wider}"
+
+
 def _before_after_words(tables: Tables) -> str:
     ends = _ends(tables, ["k_pt", "k_cl", "p_pt", "p_cl"])
     knows = f"K {_arrow(ends['k_pt'], 2, 1)} before, {_arrow(ends['k_cl'], 2, 1)} after"
@@ -209,6 +217,7 @@ def _resuscitation_words(tables: Tables) -> str:
 _WORDS: dict[str, Callable[[Tables], str]] = {
     "fig04_stages": _stages_words,
     "fig05_resuscitation": _resuscitation_words,
+    "fig10_entities": _entities_words,
     "fig11_once_paraphrase": _sets_words,
     "fig12_before_after": _before_after_words,
     "fig13_corpora": _corpora_words,
