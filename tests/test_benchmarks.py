@@ -204,7 +204,7 @@ def test_a_row_brings_its_environment(monkeypatch) -> None:
     monkeypatch.setattr(harness, "run_case", run_case)
     (record,) = harness.run_row(find_row("grid"), {"repeats": 1})
     assert seen == [("grid", "time", ["2 workers", "ideal"], KEEP_MEMORY)]
-    assert record["model"].endswith("8 runs of 1000 steps x 16 x 64 tokens")
+    assert record["model"].endswith("8 runs of 600 steps x 16 x 64 tokens")
     assert record["ratio"] == 1.0
 
 

@@ -6,13 +6,14 @@ batches of random tokens, and fused AdamW at a constant rate, each on a copy of 
 
 - ``bare step``: these and nothing else, on tensors that are ready.
 - ``Trainer``: ``kelib.training.Trainer`` as runs use it, which also fetches the batch, follows the
-  schedule, clips the gradient and keeps the losses, checked every 25 steps.
+  schedule, clips the gradient and keeps the losses, checked every 25 steps and at the end.
 - ``transformers' Trainer``: the same with evaluation, saving, logging and reporting off. It also
   fetches, clips and follows a schedule; its set-up is not counted (see ``paced.py``).
 
 **Scoring.** Four-way questions as texts, so that encoding counts: ``score_continuations`` and
 ``loglikelihood`` of lm-evaluation-harness' ``HFLM`` at the same batch size. Before any clock runs
-their scores are compared.
+their scores are compared. The target of the small shape is 60 % of the token bound, how many times
+fewer tokens there are to read (see ``questions.py``); the row says how large that is.
 
 **Grid.** Eight pretraining runs through ``kelib.runs.execute`` on two reused workers, whose start
 counts, against the ideal: half of what the same runs take one after another in the process of the
@@ -198,7 +199,7 @@ def mkdtemp_until_exit() -> str:
     return folder
 
 
-SMALL = {**entropy.SMALL, "batch": 32, "batches": 64, "steps": 20}
+SMALL = {**entropy.SMALL, "batch": 32, "batches": 64, "steps": 10}
 D512 = {**entropy.D512, "tokens": 128, "batch": 4, "batches": 64, "steps": 1}
 TINY = {**entropy.TINY, "model": {**entropy.TINY["model"], "model_type": "olmo"}, "steps": 2}
 # Lengths of the questions about the world of `small` in tokens of its vocabulary.
@@ -218,9 +219,9 @@ SCORING_TINY = described(
 _smoke = load_profile("smoke")
 GRID = {
     "model": {**asdict(_smoke.model), "vocab_size": _smoke.corpus.vocabulary_size},
-    "data": f"8 runs of 1000 steps x {_smoke.pretraining.batch_size} x "
+    "data": f"8 runs of 600 steps x {_smoke.pretraining.batch_size} x "
     f"{_smoke.corpus.sequence_length} tokens",
-    **{"runs": 8, "changes": {"pretraining.steps": 1000}, "repeats": 1},
+    **{"runs": 8, "changes": {"pretraining.steps": 600}, "repeats": 1},
 }
 
 
