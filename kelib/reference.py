@@ -114,7 +114,12 @@ def execute_in_place(notebook: Path) -> None:
     os.environ.setdefault("KELIB_PROGRESS", "lines")  # a bar would leave each of its states behind
     quiet = ["--IPKernelApp.log_level=50"]
     NotebookClient(
-        content, kernel_name="python3", timeout=900, resources=place, extra_arguments=quiet
+        content,
+        kernel_name="python3",
+        timeout=900,
+        resources=place,
+        extra_arguments=quiet,
+        coalesce_streams=True,  # else the pieces that one cell prints in differ from run to run
     ).execute()
     for cell in content.cells:  # timings and machine-dependent notes would change at each run
         cell.metadata.pop("execution", None)
