@@ -41,7 +41,9 @@ TINY = {
     "pretraining.checkpoints": KEPT,
 }
 DO = """
-import pickle, sys
+import pickle, signal, sys
+# tests that run in the background hand an ignored interrupt on to their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from kelib.runs import execute, perform
 runs = pickle.loads(open(sys.argv[2], "rb").read())
 if sys.argv[1] == "execute":
