@@ -106,8 +106,8 @@ def test_summaries(tmp_path: Path) -> None:
     ("form", "content", "message"),
     [
         ("pubmed-xml", b"no gzip", "Not a gzipped file"),
-        ("pubmed-xml", gzip.compress(MEDLINE.encode())[:-20], "ended before the end"),
-        ("pubmed-xml", gzip.compress(b"<Abstract><i></Abstract>"), "mismatched tag"),
+        ("pubmed-xml", gzip.compress(MEDLINE.encode(), mtime=0)[:-20], "ended before the end"),
+        ("pubmed-xml", gzip.compress(b"<Abstract><i></Abstract>", mtime=0), "mismatched tag"),
         ("news-zip", b"no zip", "File is not a zip file"),
         ("news-zip", news_archive(["x"], header="body"), "one must be 'text'"),
         ("summaries-json", b"{", "Expecting property name"),
