@@ -56,6 +56,8 @@ CODE = {
         *("jobs:continual", "training", "injection", "continual", "tables:write_atomically"),
         *_CHANGED,
     ),
+    # the continual learning that it looks into brings all the rest
+    "mechanism": ("jobs:mechanism", "mechanism", "attribution", "decomposition", "sensitivity"),
 }
 
 

@@ -263,6 +263,17 @@ class Continual:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """Where gradients, updates and new facts go (A.1 of the paper), measured at every stage for the
+    first of ``continual.curve_seeds``, whose runs keep their weights."""
+
+    learning_rates: tuple[float, ...]  # of the continual learning that is looked into
+
+    def __post_init__(self) -> None:
+        unique(self, "learning_rates")
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """Everything one study needs. ``seeds`` are pretraining seeds: initialisation, data order,
     facts, entries.
@@ -278,6 +289,7 @@ class Profile:
     interventions: Interventions
     comparison: Model | None = None  # another family, trained and measured beside (Fig. 6)
     training: Training = Training()
+    mechanism: Mechanism | None = None
 
     def __post_init__(self) -> None:
         at_least(self, workers=1)
@@ -298,13 +310,31 @@ class Profile:
             f"rates of continual.learning_rates {self.continual.learning_rates}, "
             "else there is no original to compare with",
         )
+        if self.mechanism is not None:
+            missing = set(self.mechanism.learning_rates) - set(self.continual.learning_rates)
+            require(
+                not missing,
+                "mechanism.learning_rates",
+                self.mechanism.learning_rates,
+                f"rates of continual.learning_rates {self.continual.learning_rates}",
+            )
+            require(
+                self.continual.curve_seeds != (),
+                "continual.curve_seeds",
+                self.continual.curve_seeds,
+                "at least one seed where there is a section mechanism: only their runs keep the "
+                "weights that it looks into",
+            )
 
     @property
     def digest(self) -> str:
         """Digest of the parameters alone: no versions, no commit, not how many workers share the
         work.
         """
-        return digest(dataclasses.asdict(dataclasses.replace(self, workers=1)))
+        values = dataclasses.asdict(dataclasses.replace(self, workers=1))
+        if self.mechanism is None:  # profiles older than this section keep their digest
+            del values["mechanism"]
+        return digest(values)
 
 
 def profile_from(values: Any, overrides: Mapping[str, Any] | None = None) -> Profile:

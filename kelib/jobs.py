@@ -309,6 +309,13 @@ def asked(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) 
     published_questions.asked(settings, inputs, folder, progress)
 
 
+def mechanism(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Where gradients, updates and new facts go at one checkpoint, and what noise does to it."""
+    from kelib import mechanism
+
+    mechanism.mechanism(settings, inputs, folder, progress)
+
+
 def _write_items(folder: Path, prefix: str, found: Any) -> None:
     """Item-level results as CSV; they carry numbers of entries and questions, never their text."""
     tables: dict[str, pd.DataFrame] = {"probes": found.probes, "questions": found.questions}

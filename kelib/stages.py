@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from kelib.config import PROTOCOL, load_profile, repository_root
+from kelib.errors import KelibError
 from kelib.runs import Run
 from kelib.study import Study
 from kelib.study_tables import (
@@ -30,6 +31,7 @@ from kelib.tables import library_digest, provenance, read_provenance, read_table
 
 MEASURED = ("entropy", "entropies", "panel", "convergence", "entities", "checkpoints")
 TABLES = ("pretraining", *MEASURED, "curves", "variants", "continual", "arms", "interventions")
+MECHANISM = ("gradients", "shares", "carriers", "overlap", "noise", "steps")
 
 
 def open_study(
@@ -133,6 +135,36 @@ def intervene(study: Study) -> pd.DataFrame:
     rates = originals["learning_rate"].isin(study.profile.interventions.learning_rates)
     rows = pd.concat([originals[last & rates & originals["injected"]], resuscitated])
     return _write(study, "interventions", rows, inputs, [run for _, run in grid])
+
+
+def mechanism(study: Study) -> dict[str, pd.DataFrame]:
+    """Stage 6: where gradients, updates and new facts go at every stage, see
+    :mod:`kelib.mechanism`; the tables of :data:`MECHANISM` by name.
+
+    Reads the weights that stage 3 kept. Raises KelibError for a profile without that section.
+    """
+    if study.profile.mechanism is None:
+        raise KelibError(
+            f"profile {study.profile.profile!r} has no section mechanism: add it, with "
+            "learning_rates among those of continual, to measure gradients and updates"
+        )
+    entropy = table(study, "entropy")
+    runs = study.mechanism_runs(entropy)
+    study.run(runs, "mechanism")
+    labels = {seed: study.stages(entropy, seed) for seed in study.profile.seeds}
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in MECHANISM}
+    for run in runs:
+        s = run.settings
+        label = next(name for name, step in labels[s["seed"]].items() if step == s["step"])
+        head = {"seed": s["seed"], "stage_step": s["step"], "stage_label": label}
+        head["learning_rate"] = s["learning_rate"]
+        for name, of_name in parts.items():
+            rows = run.read_table(f"{name}.csv")
+            of_name.append(rows.assign(**head)[[*head, *rows.columns]])
+    return {
+        name: _write(study, name, pd.concat(of_name, ignore_index=True), ["entropy"], runs)
+        for name, of_name in parts.items()
+    }
 
 
 def until(study: Study, stage: int) -> None:

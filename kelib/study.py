@@ -262,6 +262,26 @@ class Study:
             for seed in self.profile.seeds
         ]
 
+    def mechanism_runs(self, entropy: pd.DataFrame) -> list[Run]:
+        """Gradients, updates and sensitivity at every stage and rate of the section ``mechanism``;
+        none without that section.
+
+        Each looks into the run of the protocol with the first curve seed, which kept its weights.
+        """
+        if (plan := self.profile.mechanism) is None:
+            return []
+        cl_seed, runs = self.profile.continual.curve_seeds[0], []
+        shared = ("corpus", "training", "continual", "learning_rate", "cl_seed")
+        for seed in self.profile.seeds:
+            for step in self.stages(entropy, seed).values():
+                for rate in plan.learning_rates:
+                    learned = self.continual_run(seed, step, rate, cl_seed)
+                    more = {name: learned.settings[name] for name in shared}
+                    run = self._from_checkpoint("mechanism", seed, step, more)
+                    inputs = {**run.inputs, "continual": learned}
+                    runs.append(dataclasses.replace(run, inputs=inputs))
+        return runs
+
     def run(self, runs: Iterable[Run], title: str) -> None:
         """Do what is missing; see :func:`kelib.runs.execute`."""
         execute(runs, self.profile.workers, title)

@@ -6,6 +6,7 @@ import ast
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from kelib import code_table, jobs
@@ -63,6 +64,9 @@ def reached(kind: str) -> set[str]:
 
 def run_of(kind: str) -> Run:
     study = Study(load_profile("smoke"), Path("data"))
+    columns = ["seed", "step", "entropy_nats"]
+    flat = [(seed, step, 1.0) for seed in study.profile.seeds for step in (0, 60)]
+    entropy = pd.DataFrame(flat, columns=columns)
     runs = {
         "corpus": study.corpus_run(0),
         "pretrain": study.pretrain_run(0),
@@ -71,6 +75,7 @@ def run_of(kind: str) -> Run:
         "entities": study.entities_run(0),
         "intervene": study.intervene_run(0, 0, study.changes()[0]),
         "continual": study.continual_run(0, 0, 1e-3, 0, True, study.changes()[0]),
+        "mechanism": study.mechanism_runs(entropy)[0],
     }
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
@@ -151,6 +156,8 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
         ("entropy", {"entropy", "intervene", "continual", "published"}),
         ("scoring", {"asked", "evaluate", "intervene", "continual", "published"}),
         ("interventions", {"intervene", "continual"}),
+        ("decomposition", {"mechanism"}),
+        ("mechanism", {"mechanism"}),
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
         ("convergence", {"entropy", "published"}),

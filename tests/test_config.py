@@ -135,6 +135,9 @@ def test_mistyped_values(values, key, value, message):
         ("interventions.ratios", [1.1], "interventions.ratios = 1.1 must be between 0 and 1"),
         ("interventions.factors", [0], "interventions.factors = 0.0 must be above 0"),
         ("interventions.learning_rates", [0.5], "else there is no original to compare with"),
+        ("mechanism.learning_rates", [0.5], "mechanism.learning_rates = (0.5,) must be rates of c"),
+        ("mechanism.learning_rates", [], "mechanism.learning_rates = () must be a list of distin"),
+        ("continual.curve_seeds", [], "continual.curve_seeds = () must be at least one seed where"),
     ],
 )
 def test_impossible_values(values, key, value, message):
@@ -195,6 +198,7 @@ def another(key, value):
         "continual.stages": [0.25, 1.0],
         "interventions.ratios": [0.25],
         "interventions.learning_rates": [1.0e-3],
+        "mechanism.learning_rates": [1.0e-3],
         "model.hidden_size": 64,
         "model.num_attention_heads": 4,
         "comparison.hidden_size": 64,
@@ -327,3 +331,13 @@ def test_sections_with_defaults_need_not_be_in_the_file(values):
     assert (profile.training.micro_batch_size, profile.training.precision) == (4, "float32")
     del values["comparison"]
     assert profile_from(values).comparison is None
+
+
+def test_a_profile_without_mechanism_keeps_the_digest_it_had(values):
+    del values["mechanism"]
+    profile = profile_from(values)
+    assert profile.mechanism is None
+    older = dataclasses.asdict(dataclasses.replace(profile, workers=1))
+    del older["mechanism"]  # as tables have it that were written before there was this section
+    assert profile.digest == digest(older) == profile_from(older).digest
+    assert profile_from(values, {"continual.curve_seeds": []}).continual.curve_seeds == ()
