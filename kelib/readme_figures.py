@@ -181,7 +181,8 @@ def _sets_words(tables: Tables) -> str:
 def _entities_words(tables: Tables) -> str:
     rows = tables.table("entities")
     means = rows.groupby(["data", "step"])[["ln_perplexity_mean", "ln_perplexity_sd"]].mean()
-    ends = (means.loc["domain"] - means.loc["general"]).iloc[[0, -1]]
+    apart: pd.DataFrame = means.loc["domain"] - means.loc["general"]  # type: ignore[assignment]
+    ends = apart.iloc[[0, -1]]
     higher, wider = (_arrow(ends[name], 2, 1) for name in means.columns)
     return f"ln perplexity of names, domain minus general: mean {higher}, s.d. {wider}"
 

@@ -122,7 +122,8 @@ def build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
                 f"unknown key {dotted}{key}: {guess}valid keys are {listing(fields, 40)}"
             )
     for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
+        missing = dataclasses.MISSING
+        if name not in values and field.default is missing and field.default_factory is missing:
             raise KelibError(
                 f"missing key {dotted}{name}: add it; valid keys are {listing(fields, 40)}"
             )

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from kelib.beyond import mechanism_runs
 from kelib.config import PROTOCOL, load_profile, repository_root
 from kelib.errors import KelibError
 from kelib.runs import Run
@@ -149,7 +150,7 @@ def mechanism(study: Study) -> dict[str, pd.DataFrame]:
             "learning_rates among those of continual, to measure gradients and updates"
         )
     entropy = table(study, "entropy")
-    runs = study.mechanism_runs(entropy)
+    runs = mechanism_runs(study, entropy)
     study.run(runs, "mechanism")
     labels = {seed: study.stages(entropy, seed) for seed in study.profile.seeds}
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in MECHANISM}

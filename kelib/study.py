@@ -74,9 +74,10 @@ class Study:
         """Every model on every seed."""
         return [self.pretrain_run(seed, m) for m in self.models for seed in self.profile.seeds]
 
-    def _from_checkpoint(
+    def from_checkpoint(
         self, kind: str, seed: int, step: int, more: dict[str, Any], model: str = ""
     ) -> Run:
+        """A run of ``kind`` with a checkpoint and the corpus of its seed as inputs."""
         corpus, pretrain = self.corpus_run(seed), self.pretrain_run(seed, model)
         settings = {"seed": seed, "step": step, "pretrain": pretrain.settings["digest"], **more}
         return Run(kind, self._home(kind), settings, {"corpus": corpus, "pretrain": pretrain})
@@ -84,15 +85,13 @@ class Study:
     def entropy_run(self, seed: int, step: int, model: str = "") -> Run:
         """All entropies of one checkpoint (of which only those near a stage show convergence)."""
         own = model in ("", self.profile.model.model_type)
-        return self._from_checkpoint(
+        return self.from_checkpoint(
             "entropy", seed, step, {"converge": own and step in self.near_stages()}, model
         )
 
     def evaluate_run(self, seed: int, step: int) -> Run:
         """Probes, questions and losses of one checkpoint."""
-        return self._from_checkpoint(
-            "evaluate", seed, step, {"corpus": _plain(self.profile.corpus)}
-        )
+        return self.from_checkpoint("evaluate", seed, step, {"corpus": _plain(self.profile.corpus)})
 
     def measure_runs(self) -> list[Run]:
         """Entropies of every checkpoint of every model, and what the study's own knows at it."""
@@ -163,13 +162,13 @@ class Study:
             "curve": looked_at and intervention is None,
             "keep": looked_at,
         }
-        run = self._from_checkpoint("continual", seed, step, more)
+        run = self.from_checkpoint("continual", seed, step, more)
         return run if intervention is None else self._with_coefficients(run)
 
     def intervene_run(self, seed: int, step: int, intervention: dict[str, Any]) -> Run:
         """What an intervention alone does to a checkpoint."""
         more = {"corpus": _plain(self.profile.corpus), "intervention": intervention}
-        return self._with_coefficients(self._from_checkpoint("intervene", seed, step, more))
+        return self._with_coefficients(self.from_checkpoint("intervene", seed, step, more))
 
     def _with_coefficients(self, run: Run) -> Run:
         entropy = self.entropy_run(run.settings["seed"], run.settings["step"])
@@ -261,26 +260,6 @@ class Study:
             ]
             for seed in self.profile.seeds
         ]
-
-    def mechanism_runs(self, entropy: pd.DataFrame) -> list[Run]:
-        """Gradients, updates and sensitivity at every stage and rate of the section ``mechanism``;
-        none without that section.
-
-        Each looks into the run of the protocol with the first curve seed, which kept its weights.
-        """
-        if (plan := self.profile.mechanism) is None:
-            return []
-        cl_seed, runs = self.profile.continual.curve_seeds[0], []
-        shared = ("corpus", "training", "continual", "learning_rate", "cl_seed")
-        for seed in self.profile.seeds:
-            for step in self.stages(entropy, seed).values():
-                for rate in plan.learning_rates:
-                    learned = self.continual_run(seed, step, rate, cl_seed)
-                    more = {name: learned.settings[name] for name in shared}
-                    run = self._from_checkpoint("mechanism", seed, step, more)
-                    inputs = {**run.inputs, "continual": learned}
-                    runs.append(dataclasses.replace(run, inputs=inputs))
-        return runs
 
     def run(self, runs: Iterable[Run], title: str) -> None:
         """Do what is missing; see :func:`kelib.runs.execute`."""

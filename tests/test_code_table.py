@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from kelib import code_table, jobs
+from kelib.beyond import mechanism_runs
 from kelib.code_table import CODE, code_digest
 from kelib.config import load_profile
 from kelib.published import PublishedStudy, load_published
@@ -75,7 +76,7 @@ def run_of(kind: str) -> Run:
         "entities": study.entities_run(0),
         "intervene": study.intervene_run(0, 0, study.changes()[0]),
         "continual": study.continual_run(0, 0, 1e-3, 0, True, study.changes()[0]),
-        "mechanism": study.mechanism_runs(entropy)[0],
+        "mechanism": mechanism_runs(study, entropy)[0],
     }
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}

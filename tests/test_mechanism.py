@@ -12,6 +12,7 @@ import pytest
 
 from kelib import corpus, jobs, mechanism, stages
 from kelib.attribution import measure_gradients
+from kelib.beyond import mechanism_runs
 from kelib.checkpoints import load_checkpoint, step_folder
 from kelib.config import load_profile
 from kelib.corpus import load_corpus
@@ -56,7 +57,7 @@ class Finished:
         self.do([*self.study.measure_runs(), *self.study.entities_runs()])
         stages.until(self.study, 2)
         self.entropy = stages.table(self.study, "entropy")
-        self.runs = self.study.mechanism_runs(self.entropy)
+        self.runs = mechanism_runs(self.study, self.entropy)
         self.do(self.runs)
         self.tables = stages.mechanism(self.study)
 
@@ -106,7 +107,7 @@ def test_a_run_for_every_seed_stage_and_rate(finished):
 
 def test_a_profile_without_the_section_has_no_runs(finished, tmp_path):
     other = Study(load_profile("smoke", {**TINY, "mechanism": None}), tmp_path)
-    assert other.mechanism_runs(finished.entropy) == []
+    assert mechanism_runs(other, finished.entropy) == []
     with pytest.raises(KelibError, match="profile 'smoke' has no section mechanism: add it, with"):
         stages.mechanism(other)
     same = [study.continual_run(SEED, 10, 6e-3, 0).digest for study in (finished.study, other)]
