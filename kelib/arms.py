@@ -45,9 +45,13 @@ class Arm:
     noise_std: float | None = None
     memories: int | None = None  # new ones a layer
     seed: int | None = None
+    stages: tuple[float, ...] = (1.0,)  # shares of pretraining, the nearest checkpoints are changed
 
     def __post_init__(self) -> None:
         require(self.name in SETTINGS, "arm.name", self.name, f"one of {listing(SETTINGS, 20)}")
+        unique(self, "stages")
+        for share in self.stages:
+            require(0 < share <= 1, "arm.stages", share, "between 0 (exclusive) and 1")
         needed, optional = SETTINGS[self.name]
         given = set(self.settings)
         if given - {*needed, *optional} or set(needed) - given:
@@ -58,8 +62,9 @@ class Arm:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is set, without the name."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "name"}
+        """What is set, without the name and the stages."""
+        values = dataclasses.asdict(self).items()
+        return {k: v for k, v in values if v is not None and k not in ("name", "stages")}
 
     @property
     def change(self) -> dict[str, Any]:

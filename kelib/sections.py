@@ -157,9 +157,12 @@ class Variant:
     epochs: int = 1  # the same sequences, read so often in the steps given
     optimizer: Optimizer | None = None  # None: as the protocol
     own_moments: bool = False  # begin with the moments of pretraining, not with a fresh optimizer
+    stages: tuple[float, ...] | None = None  # None: as the protocol; else before the peak as well
 
     def __post_init__(self) -> None:
         at_least(self, epochs=1)
+        for share in self.stages or ():
+            require(0 < share <= 1, "variant.stages", share, "between 0 (exclusive) and 1")
         require(self.text in TEXTS, "variant.text", self.text, f"one of {listing(TEXTS)}")
         require(self.name != PROTOCOL, "variant.name", self.name, "another name")
         unique(self, "learning_rates", "seeds")

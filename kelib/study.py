@@ -120,9 +120,14 @@ class Study:
 
     def near_stages(self) -> list[int]:
         """Steps of the checkpoints nearest to the shares of ``continual.stages``, in order."""
-        p, steps = self.profile, np.array(self.profile.pretraining.checkpoints)
-        wanted = [share * p.pretraining.steps for share in sorted(p.continual.stages)]
-        return list(dict.fromkeys(int(steps[np.abs(steps - w).argmin()]) for w in wanted))
+        return self.nearest_steps(self.profile.continual.stages)
+
+    def nearest_steps(self, shares: Iterable[float]) -> list[int]:
+        """Steps of the checkpoints nearest to shares of pretraining, in order, each once."""
+        plan = self.profile.pretraining
+        steps = np.array(plan.checkpoints)
+        nearest = (np.abs(steps - share * plan.steps).argmin() for share in sorted(shares))
+        return list(dict.fromkeys(int(steps[at]) for at in nearest))
 
     def continual_run(
         self,
@@ -214,33 +219,45 @@ class Study:
             for variant in plan.variants
             for rate in variant.learning_rates
             for cl_seed in variant.seeds
-            for place in places
+            for place in (self._places(variant.stages) if variant.stages else places)
         ]
         return grid
 
+    def _places(self, shares: Iterable[float]) -> list[tuple[int, int]]:
+        return [(seed, step) for seed in self.profile.seeds for step in self.nearest_steps(shares)]
+
     def intervention_grid(self) -> list[tuple[str, Run]]:
         """Resuscitation of the last checkpoint at every p, q, learning rate and CL seed."""
-        changes = [(PROTOCOL, change) for change in self.changes()]
-        return self._continued(changes, self.profile.interventions.learning_rates)
+        rates, places = self.profile.interventions.learning_rates, self._places([1.0])
+        return self._continued(PROTOCOL, self.resuscitations(), rates, places)
 
     def arms_grid(self) -> list[tuple[str, Run]]:
-        """(label of the arm, run): the other interventions on the last checkpoint."""
+        """(label of the arm, run): the other interventions, each on the stages it asks for."""
         plan = self.profile.interventions
-        return self._continued([(a.label, a.change) for a in plan.arms], plan.rates_of_arms)
-
-    def _continued(
-        self, changes: list[tuple[str, dict[str, Any]]], rates: tuple[float, ...]
-    ) -> list[tuple[str, Run]]:
-        last = self.profile.pretraining.steps
         return [
-            (name, self.continual_run(seed, last, rate, cl_seed, True, change))
-            for rate in rates
-            for cl_seed in self.profile.continual.seeds
-            for name, change in changes
-            for seed in self.profile.seeds
+            named
+            for arm in plan.arms
+            for named in self._continued(
+                arm.label, [arm.change], plan.rates_of_arms, self._places(arm.stages)
+            )
         ]
 
-    def changes(self) -> list[dict[str, Any]]:
+    def _continued(
+        self,
+        name: str,
+        changes: list[dict[str, Any]],
+        rates: Iterable[float],
+        places: list[tuple[int, int]],
+    ) -> list[tuple[str, Run]]:
+        return [
+            (name, self.continual_run(*place, rate, cl_seed, True, change))
+            for rate in rates
+            for cl_seed in self.profile.continual.seeds
+            for change in changes
+            for place in places
+        ]
+
+    def resuscitations(self) -> list[dict[str, Any]]:
         """Resuscitation as settings: every p with every q."""
         plan = self.profile.interventions
         return [
@@ -250,15 +267,13 @@ class Study:
         ]
 
     def intervene_runs(self) -> list[Run]:
-        """Every intervention on the last checkpoint of every seed, before continual learning."""
-        last = self.profile.pretraining.steps
+        """Every intervention before continual learning, on every seed and stage it is asked for."""
+        changes = [(change, self._places([1.0])) for change in self.resuscitations()]
+        changes += [
+            (arm.change, self._places(arm.stages)) for arm in self.profile.interventions.arms
+        ]
         return [
-            self.intervene_run(seed, last, change)
-            for change in [
-                *self.changes(),
-                *(arm.change for arm in self.profile.interventions.arms),
-            ]
-            for seed in self.profile.seeds
+            self.intervene_run(*place, change) for change, places in changes for place in places
         ]
 
     def run(self, runs: Iterable[Run], title: str) -> None:

@@ -147,7 +147,10 @@ def continual_table(
         row = {
             "seed": s["seed"],
             "stage_step": s["step"],
-            "stage_label": names[s["step"]],
+            # a variant or an arm may begin where the protocol does not
+            "stage_label": names.get(
+                s["step"], f"{s['step'] / study.profile.pretraining.steps:.0%}"
+            ),
             "variant": variant,
             "learning_rate": s["learning_rate"],
             "cl_seed": s["cl_seed"],

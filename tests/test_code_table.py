@@ -74,8 +74,8 @@ def run_of(kind: str) -> Run:
         "entropy": study.entropy_run(0, 0),
         "evaluate": study.evaluate_run(0, 0),
         "entities": study.entities_run(0),
-        "intervene": study.intervene_run(0, 0, study.changes()[0]),
-        "continual": study.continual_run(0, 0, 1e-3, 0, True, study.changes()[0]),
+        "intervene": study.intervene_run(0, 0, study.resuscitations()[0]),
+        "continual": study.continual_run(0, 0, 1e-3, 0, True, study.resuscitations()[0]),
         "mechanism": mechanism_runs(study, entropy)[0],
     }
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
