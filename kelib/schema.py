@@ -91,6 +91,10 @@ def convert(kind: Any, value: Any, name: str) -> Any:
         if len(value) != len(arguments):
             raise KelibError(f"{name} = {value!r} must have {len(arguments)} values")
         return tuple(convert(a, v, name) for a, v in zip(arguments, value, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise KelibError(f"{name} = {value!r} must be a mapping, such as {{a: 1}}")
+        return dict(value)
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
