@@ -20,7 +20,7 @@ from kelib.config import Profile
 from kelib.errors import KelibError, listing
 from kelib.schema import build, read_yaml, require
 
-STAGES = {"first": "min", "last": "max"}
+STAGES = ("first", "last")
 RATES = ("peak", "arms", "lower")
 NOT_RUN = "not run"
 
@@ -99,8 +99,9 @@ def by_seed(side: Side, table: pd.DataFrame, rates: Mapping[str, float]) -> pd.S
     for column, wanted in chosen.items():
         table = table[_matches(table[column], wanted)]
     if side.stage is not None and len(table):
-        steps = table.groupby("seed")["stage_step"].transform(STAGES[side.stage])
-        table = table[table["stage_step"] == steps]
+        steps = table.groupby("seed")["stage_step"]
+        end = steps.transform("min") if side.stage == "first" else steps.transform("max")
+        table = table[table["stage_step"] == end]
     values = table[side.column] - (table[side.less] if side.less else 0)
     return values.groupby(table["seed"]).agg(lambda rows: rows.mean(skipna=False))
 
