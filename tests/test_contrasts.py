@@ -147,7 +147,7 @@ def test_a_broken_file_is_refused(tmp_path, change, message):
 
 def test_two_contrasts_of_one_name_and_a_missing_column_are_refused(tmp_path):
     path = tmp_path / "contrasts.yaml"
-    one = "{id: it, statement: Is it?, expected_by: us, direction: 1, unit: nats, "
+    one = "{id: it, statement: It is., expected_by: us, direction: 1, unit: nats, "
     one += "smallest_effect: 1, value: {table: runs, column: k_cl}}"
     path.write_text(f"contrasts: [{one}, {one}]")
     with pytest.raises(KelibError, match=r"contrast\.id = .* must be a list of distinct names"):
