@@ -143,6 +143,18 @@ class Pretraining:
             f"steps among the checkpoints {kept}",
         )
 
+    def rate_at(self, step: int) -> float:
+        """Learning rate of ``step`` (from 0) for those who must not import torch; the same as
+        :func:`kelib.training.learning_rate_at`.
+        """
+        settings, peak = self.optimizer, self.learning_rate
+        warmup = math.ceil(settings.warmup_share * self.steps)
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        done = (step - warmup) / max(self.steps - warmup, 1)
+        low = settings.final_share
+        return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:

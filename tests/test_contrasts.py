@@ -152,7 +152,7 @@ def test_two_contrasts_of_one_name_and_a_missing_column_are_refused(tmp_path):
     path.write_text(f"contrasts: [{one}, {one}]")
     with pytest.raises(KelibError, match=r"contrast\.id = .* must be a list of distinct names"):
         load_contrasts(path)
-    with pytest.raises(KelibError, match="table runs has no column p_cl; it has seed"):
+    with pytest.raises(KelibError, match="table runs has no column p_cl; it has k_cl, k_pt"):
         by_seed(Side("runs", "p_cl"), table(), RATES)
     path.write_text("claims: []")
     with pytest.raises(KelibError, match=r"contrasts\.yaml must hold one key, contrasts"):
