@@ -28,6 +28,7 @@ _CHANGED = (
     *_ENTROPY,
     *_EVALUATION,
 )
+_MECHANISM = ("mechanism", "attribution", "decomposition", "sensitivity")
 CODE = {
     "corpus": (
         *("jobs:corpus", "sources", "parsing", "corpus", "packing"),
@@ -56,8 +57,10 @@ CODE = {
         *("jobs:continual", "training", "injection", "continual", "tables:write_atomically"),
         *_CHANGED,
     ),
-    # the continual learning that it looks into brings all the rest
-    "mechanism": ("jobs:mechanism", "mechanism", "attribution", "decomposition", "sensitivity"),
+    # the continual learning that they look into brings all the rest
+    "mechanism": ("jobs:mechanism", *_MECHANISM),
+    "later": ("jobs:later", "retention", *_MECHANISM),
+    "reactivation": ("jobs:reactivation", "reactivation", *_MECHANISM),
 }
 
 

@@ -35,6 +35,8 @@ from kelib.sections import (
     Model,
     Optimizer,
     Pretraining,
+    Reactivation,
+    Retention,
     Training,
     Variant,
 )
@@ -49,6 +51,8 @@ __all__ = [
     "Optimizer",
     "Pretraining",
     "Profile",
+    "Reactivation",
+    "Retention",
     "Training",
     "Variant",
     "convert",
@@ -59,6 +63,10 @@ __all__ = [
     "read_yaml",
     "repository_root",
 ]
+
+
+# Sections that a profile need not have, and whose rates they must be among
+OPTIONAL = {"mechanism": "continual", "retention": "continual", "reactivation": "interventions"}
 
 
 def repository_root() -> Path:
@@ -90,6 +98,8 @@ class Profile:
     comparison: Model | None = None  # another family, trained and measured beside (Fig. 6)
     training: Training = dataclasses.field(default_factory=Training)
     mechanism: Mechanism | None = None
+    retention: Retention | None = None
+    reactivation: Reactivation | None = None
 
     def __post_init__(self) -> None:
         at_least(self, workers=1)
@@ -110,19 +120,21 @@ class Profile:
             f"rates of continual.learning_rates {self.continual.learning_rates}, "
             "else there is no original to compare with",
         )
-        if self.mechanism is not None:
-            missing = set(self.mechanism.learning_rates) - set(self.continual.learning_rates)
+        for name, of in OPTIONAL.items():
+            if (section := getattr(self, name)) is None:
+                continue
+            allowed = getattr(self, of).learning_rates
             require(
-                not missing,
-                "mechanism.learning_rates",
-                self.mechanism.learning_rates,
-                f"rates of continual.learning_rates {self.continual.learning_rates}",
+                set(section.learning_rates) <= set(allowed),
+                f"{name}.learning_rates",
+                section.learning_rates,
+                f"rates of {of}.learning_rates {allowed}",
             )
             require(
                 self.continual.curve_seeds != (),
                 "continual.curve_seeds",
                 self.continual.curve_seeds,
-                "at least one seed where there is a section mechanism: only their runs keep the "
+                f"at least one seed where there is a section {name}: only their runs keep the "
                 "weights that it looks into",
             )
 
@@ -132,8 +144,9 @@ class Profile:
         work.
         """
         values = dataclasses.asdict(dataclasses.replace(self, workers=1))
-        if self.mechanism is None:  # profiles older than this section keep their digest
-            del values["mechanism"]
+        for name in OPTIONAL:  # profiles older than a section keep their digest
+            if values[name] is None:
+                del values[name]
         return digest(values)
 
 

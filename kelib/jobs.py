@@ -316,6 +316,27 @@ def mechanism(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
     mechanism.mechanism(settings, inputs, folder, progress)
 
 
+def later(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Go on from what continual learning left, on other text and without passages."""
+    from kelib import evaluation, retention
+
+    packed = load_corpus(inputs["corpus"])
+    model, tokenizer, losses = retention.go_on(settings, inputs, packed, folder, progress)
+    found = evaluation.evaluate(model, tokenizer, _world_of(settings), packed)
+    _write_items(folder, "", found)
+    _write_result(folder, found, model, packed, {"losses": losses})
+
+
+def reactivation(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """What became of the memories that resuscitation wakes, through continual learning."""
+    from kelib import reactivation
+
+    checkpoint, _ = _start({**settings, "intervention": None}, inputs)
+    before, tokenizer = _start(settings, inputs)
+    models = {"checkpoint": checkpoint, "before": before}
+    reactivation.reactivation(models, tokenizer, settings, inputs, folder, progress)
+
+
 def _write_items(folder: Path, prefix: str, found: Any) -> None:
     """Item-level results as CSV; they carry numbers of entries and questions, never their text."""
     tables: dict[str, pd.DataFrame] = {"probes": found.probes, "questions": found.questions}

@@ -253,3 +253,27 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         unique(self, "learning_rates")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """What other text leaves of new knowledge: continual learning of ``continual.curve_seeds`` goes
+    on for as long on general text, without passages, from every stage and after resuscitation."""
+
+    learning_rates: tuple[float, ...]  # of the continual learning that goes on, and of what follows
+
+    def __post_init__(self) -> None:
+        unique(self, "learning_rates")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reactivation:
+    """Whether the memories that resuscitation wakes stay awake, change and carry new knowledge, at
+    the last stage and for ``continual.curve_seeds``."""
+
+    learning_rates: tuple[float, ...]  # of the continual learning that is looked into
+    draws: int = 5  # random sets of memories to compare with
+
+    def __post_init__(self) -> None:
+        unique(self, "learning_rates")
+        at_least(self, draws=1)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from kelib.beyond import mechanism_runs
+from kelib.beyond import mechanism_runs, reactivation_runs, retention_runs
+from kelib.beyond_tables import reactivation_table, retention_table
 from kelib.config import PROTOCOL, load_profile, repository_root
 from kelib.errors import KelibError
 from kelib.runs import Run
@@ -144,11 +145,7 @@ def mechanism(study: Study) -> dict[str, pd.DataFrame]:
 
     Reads the weights that stage 3 kept. Raises KelibError for a profile without that section.
     """
-    if study.profile.mechanism is None:
-        raise KelibError(
-            f"profile {study.profile.profile!r} has no section mechanism: add it, with "
-            "learning_rates among those of continual, to measure gradients and updates"
-        )
+    _require_section(study, "mechanism", "continual", "measure gradients and updates")
     entropy = table(study, "entropy")
     runs = mechanism_runs(study, entropy)
     study.run(runs, "mechanism")
@@ -166,6 +163,44 @@ def mechanism(study: Study) -> dict[str, pd.DataFrame]:
         name: _write(study, name, pd.concat(of_name, ignore_index=True), ["entropy"], runs)
         for name, of_name in parts.items()
     }
+
+
+def retain(study: Study) -> pd.DataFrame:
+    """Stage 6: what is left of new knowledge after as much training on other text, see
+    :mod:`kelib.retention`; the table retention of :func:`kelib.beyond_tables.retention_table`.
+
+    Reads the weights that stages 3 and 4 kept. Raises KelibError for a profile without that
+    section.
+    """
+    _require_section(study, "retention", "continual", "train on other text afterwards")
+    entropy = table(study, "entropy")
+    runs = retention_runs(study, entropy)
+    study.run(runs, "retention")
+    rows = retention_table(study, runs, table(study, "checkpoints"), entropy)
+    return _write(study, "retention", rows, ["entropy", "checkpoints"], runs)
+
+
+def reactivate(study: Study) -> pd.DataFrame:
+    """Stage 6: what becomes of the memories that resuscitation wakes, see
+    :mod:`kelib.reactivation`; the table reactivation, in long form.
+
+    Reads the weights that stages 3 and 4 kept. Raises KelibError for a profile without that
+    section.
+    """
+    _require_section(study, "reactivation", "interventions", "look into woken memories")
+    entropy = table(study, "entropy")
+    runs = reactivation_runs(study)
+    study.run(runs, "reactivation")
+    rows = reactivation_table(study, runs, entropy)
+    return _write(study, "reactivation", rows, ["entropy"], runs)
+
+
+def _require_section(study: Study, name: str, of: str, purpose: str) -> None:
+    if getattr(study.profile, name) is None:
+        raise KelibError(
+            f"profile {study.profile.profile!r} has no section {name}: add it, with "
+            f"learning_rates among those of {of}, to {purpose}"
+        )
 
 
 def until(study: Study, stage: int) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kelib import code_table, jobs
-from kelib.beyond import mechanism_runs
+from kelib.beyond import mechanism_runs, reactivation_runs, retention_runs
 from kelib.code_table import CODE, code_digest
 from kelib.config import load_profile
 from kelib.published import PublishedStudy, load_published
@@ -77,6 +77,8 @@ def run_of(kind: str) -> Run:
         "intervene": study.intervene_run(0, 0, study.resuscitations()[0]),
         "continual": study.continual_run(0, 0, 1e-3, 0, True, study.resuscitations()[0]),
         "mechanism": mechanism_runs(study, entropy)[0],
+        "later": retention_runs(study, entropy)[-1],
+        "reactivation": reactivation_runs(study)[-1],
     }
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
@@ -157,8 +159,11 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
         ("entropy", {"entropy", "intervene", "continual", "published"}),
         ("scoring", {"asked", "evaluate", "intervene", "continual", "published"}),
         ("interventions", {"intervene", "continual"}),
-        ("decomposition", {"mechanism"}),
-        ("mechanism", {"mechanism"}),
+        ("decomposition", {"mechanism", "later", "reactivation"}),
+        ("mechanism", {"mechanism", "later", "reactivation"}),
+        ("retention", {"later"}),
+        ("reactivation", {"reactivation"}),
+        ("beyond_tables", set()),
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
         ("convergence", {"entropy", "published"}),

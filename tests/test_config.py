@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from kelib.config import (
+    OPTIONAL,
     Profile,
     digest,
     load_profile,
@@ -137,6 +138,9 @@ def test_mistyped_values(values, key, value, message):
         ("interventions.learning_rates", [0.5], "else there is no original to compare with"),
         ("mechanism.learning_rates", [0.5], "mechanism.learning_rates = (0.5,) must be rates of c"),
         ("mechanism.learning_rates", [], "mechanism.learning_rates = () must be a list of distin"),
+        ("retention.learning_rates", [0.5], "retention.learning_rates = (0.5,) must be rates of c"),
+        ("reactivation.learning_rates", [1.0e-3], "(0.001,) must be rates of interventions.learni"),
+        ("reactivation.draws", 0, "reactivation.draws = 0 must be at least 1"),
         ("continual.curve_seeds", [], "continual.curve_seeds = () must be at least one seed where"),
     ],
 )
@@ -192,13 +196,15 @@ def another(key, value):
         "corpus.domain": ["generated:other"],
         "corpus.general": ["generated:other"],
         "pretraining.checkpoints": [1, 2],
-        "continual.learning_rates": [6.0e-3, 2.0e-3],
+        "continual.learning_rates": [6.0e-3, 1.0e-3, 2.0e-3],
         "continual.steps": 40,
         "continual.injections": 5,
         "continual.stages": [0.25, 1.0],
         "interventions.ratios": [0.25],
-        "interventions.learning_rates": [1.0e-3],
+        "interventions.learning_rates": [6.0e-3],
         "mechanism.learning_rates": [1.0e-3],
+        "retention.learning_rates": [1.0e-3],
+        "reactivation.learning_rates": [1.0e-3],
         "model.hidden_size": 64,
         "model.num_attention_heads": 4,
         "comparison.hidden_size": 64,
@@ -214,6 +220,7 @@ def another(key, value):
 
 
 def test_the_digest_changes_with_every_value_but_not_with_workers(values):
+    values["interventions"]["learning_rates"] = [6.0e-3, 1.0e-3]  # for others to be among
     original = profile_from(values).digest
     keys = dict(every_value(values))
     assert len(keys) > 30
@@ -333,11 +340,12 @@ def test_sections_with_defaults_need_not_be_in_the_file(values):
     assert profile_from(values).comparison is None
 
 
-def test_a_profile_without_mechanism_keeps_the_digest_it_had(values):
-    del values["mechanism"]
+def test_a_profile_without_optional_sections_keeps_the_digest_it_had(values):
+    for name in OPTIONAL:
+        del values[name]
     profile = profile_from(values)
-    assert profile.mechanism is None
     older = dataclasses.asdict(dataclasses.replace(profile, workers=1))
-    del older["mechanism"]  # as tables have it that were written before there was this section
+    for name in OPTIONAL:  # as tables have it that were written before there was this section
+        assert older.pop(name) is None
     assert profile.digest == digest(older) == profile_from(older).digest
     assert profile_from(values, {"continual.curve_seeds": []}).continual.curve_seeds == ()
