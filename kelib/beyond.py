@@ -46,7 +46,7 @@ def retention_runs(study: Study, entropy: pd.DataFrame) -> list[Run]:
         for seed in study.profile.seeds:
             places: list[tuple[int, dict[str, Any] | None]] = [
                 *((step, None) for step in study.stages(entropy, seed).values()),
-                *((last, change) for change in (study.changes() if resuscitated else [])),
+                *((last, change) for change in (study.resuscitations() if resuscitated else [])),
             ]
             for cl_seed in study.profile.continual.curve_seeds:
                 for step, change in places:
@@ -69,7 +69,7 @@ def reactivation_runs(study: Study) -> list[Run]:
     for rate in plan.learning_rates:
         for seed in study.profile.seeds:
             for cl_seed in study.profile.continual.curve_seeds:
-                for change in (None, *study.changes()):
+                for change in (None, *study.resuscitations()):
                     learned = study.continual_run(seed, last, rate, cl_seed, True, change)
                     ratios = list(study.profile.interventions.ratios)
                     asked = ratios if change is None else [change["ratio"]]
