@@ -65,7 +65,7 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from kelib import stages
+    from kelib import beyond, stages
     from kelib.runs import count_states
 
     grids: dict[str, Any]
@@ -78,11 +78,12 @@ def _status(arguments: argparse.Namespace) -> None:
             "1 pretrain": study.pretrain_runs(),
             "2 measure": [*study.measure_runs(), *study.entities_runs()],
         }
-        grid = [run for _, run in study.intervention_grid()]
+        grid = [run for _, run in [*study.intervention_grid(), *study.arms_grid()]]
         grids["4 interventions"] = [*study.intervene_runs(), *grid]
         try:
             entropy = stages.table(study, "entropy")
             grids["3 continual"] = [run for _, run in study.continual_grid(entropy)]
+            grids["6 mechanism"] = beyond.all_runs(study, entropy)
         except KelibError:
             print("3 continual: known when stage 2 is done")
     for name in sorted(grids):

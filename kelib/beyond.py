@@ -80,6 +80,12 @@ def reactivation_runs(study: Study) -> list[Run]:
     return runs
 
 
+def all_runs(study: Study, entropy: pd.DataFrame) -> list[Run]:
+    """All of stage 6."""
+    looks = mechanism_runs(study, entropy), retention_runs(study, entropy), reactivation_runs(study)
+    return [run for runs in looks for run in runs]
+
+
 def _look_into(study: Study, kind: str, learned: Run, more: dict[str, Any] | None = None) -> Run:
     """A run of ``kind`` that takes the weights a run of continual learning kept."""
     shared = ("corpus", "training", "continual", "learning_rate", "cl_seed")
