@@ -36,6 +36,10 @@ class Tables:
         """A measurement table, checked against its provenance."""
         return read_table(self.folder / f"{name}.csv")
 
+    def optional(self, name: str) -> pd.DataFrame | None:
+        """A measurement table, None where the profile has none of that name."""
+        return self.table(name) if (self.folder / f"{name}.csv").exists() else None
+
     def inputs(self, names: list[str]) -> dict[str, str]:
         """sha256 of the named tables."""
         return {name: read_provenance(self.folder / f"{name}.csv")["sha256"] for name in names}
