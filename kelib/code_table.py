@@ -58,6 +58,7 @@ CODE = {
     ),
     # the continual learning that it looks into brings all the rest
     "mechanism": ("jobs:mechanism", "mechanism", "attribution", "decomposition", "sensitivity"),
+    "branch": ("jobs:branch", "branches", "training", "checkpoints"),
 }
 
 

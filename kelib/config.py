@@ -29,6 +29,8 @@ from kelib.schema import (
 from kelib.sections import (
     PROTOCOL,
     TEXTS,
+    Branch,
+    Branches,
     Continual,
     Corpus,
     Mechanism,
@@ -42,6 +44,8 @@ from kelib.sections import (
 __all__ = [
     "PROTOCOL",
     "TEXTS",
+    "Branch",
+    "Branches",
     "Continual",
     "Corpus",
     "Mechanism",
@@ -90,6 +94,7 @@ class Profile:
     comparison: Model | None = None  # another family, trained and measured beside (Fig. 6)
     training: Training = dataclasses.field(default_factory=Training)
     mechanism: Mechanism | None = None
+    branches: Branches | None = None
 
     def __post_init__(self) -> None:
         at_least(self, workers=1)
@@ -110,14 +115,18 @@ class Profile:
             f"rates of continual.learning_rates {self.continual.learning_rates}, "
             "else there is no original to compare with",
         )
+        for name, section in (("mechanism", self.mechanism), ("branches", self.branches)):
+            if section is not None:
+                missing = set(section.learning_rates) - set(self.continual.learning_rates)
+                require(
+                    not missing,
+                    f"{name}.learning_rates",
+                    section.learning_rates,
+                    f"rates of continual.learning_rates {self.continual.learning_rates}",
+                )
+        for branch in self.branches.branches if self.branches is not None else ():
+            branch.span(self.pretraining)  # refused here, before anything is computed
         if self.mechanism is not None:
-            missing = set(self.mechanism.learning_rates) - set(self.continual.learning_rates)
-            require(
-                not missing,
-                "mechanism.learning_rates",
-                self.mechanism.learning_rates,
-                f"rates of continual.learning_rates {self.continual.learning_rates}",
-            )
             require(
                 self.continual.curve_seeds != (),
                 "continual.curve_seeds",
@@ -132,8 +141,9 @@ class Profile:
         work.
         """
         values = dataclasses.asdict(dataclasses.replace(self, workers=1))
-        if self.mechanism is None:  # profiles older than this section keep their digest
-            del values["mechanism"]
+        for section in ("mechanism", "branches"):
+            if values[section] is None:  # profiles older than this section keep their digest
+                del values[section]
         return digest(values)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kelib import code_table, jobs
-from kelib.beyond import mechanism_runs
+from kelib.beyond import branch_run, mechanism_runs
 from kelib.code_table import CODE, code_digest
 from kelib.config import load_profile
 from kelib.published import PublishedStudy, load_published
@@ -77,6 +77,7 @@ def run_of(kind: str) -> Run:
         "intervene": study.intervene_run(0, 0, study.resuscitations()[0]),
         "continual": study.continual_run(0, 0, 1e-3, 0, True, study.resuscitations()[0]),
         "mechanism": mechanism_runs(study, entropy)[0],
+        "branch": branch_run(study, 0, study.profile.branches.branches[0]),
     }
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
@@ -153,12 +154,13 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
     [
         ("corpus", {"corpus", "import_model", "published"}),
         ("wordings", {"asked", "corpus", "import_model"}),
-        ("training", {"pretrain", "continual"}),
+        ("training", {"pretrain", "continual", "branch"}),
         ("entropy", {"entropy", "intervene", "continual", "published"}),
         ("scoring", {"asked", "evaluate", "intervene", "continual", "published"}),
         ("interventions", {"intervene", "continual"}),
         ("decomposition", {"mechanism"}),
         ("mechanism", {"mechanism"}),
+        ("branches", {"branch"}),
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
         ("convergence", {"entropy", "published"}),
@@ -176,7 +178,8 @@ def test_code_changes_the_digest_of_what_rests_on_it(copied_code, place, kinds):
 def test_a_number_in_the_code_changes_the_digest(copied_code):
     before = copied_code()
     after = copied_code("training", "0.5 * (1 + math.cos", "0.4 * (1 + math.cos")
-    assert {kind for kind in CODE if before[kind] != after[kind]} == {"pretrain", "continual"}
+    rest = {"pretrain", "continual", "branch"}
+    assert {kind for kind in CODE if before[kind] != after[kind]} == rest
 
 
 def test_every_kind_has_its_job_in_its_digest():

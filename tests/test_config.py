@@ -191,7 +191,7 @@ def another(key, value):
     special = {
         "corpus.domain": ["generated:other"],
         "corpus.general": ["generated:other"],
-        "pretraining.checkpoints": [1, 2],
+        "pretraining.checkpoints": [1, 2, 30],
         "continual.learning_rates": [6.0e-3, 2.0e-3],
         "continual.steps": 40,
         "continual.injections": 5,
@@ -199,6 +199,8 @@ def another(key, value):
         "interventions.ratios": [0.25],
         "interventions.learning_rates": [1.0e-3],
         "mechanism.learning_rates": [1.0e-3],
+        "branches.learning_rates": [1.0e-3],
+        "pretraining.optimizer_states": [30, 45],
         "model.hidden_size": 64,
         "model.num_attention_heads": 4,
         "comparison.hidden_size": 64,
@@ -333,11 +335,14 @@ def test_sections_with_defaults_need_not_be_in_the_file(values):
     assert profile_from(values).comparison is None
 
 
-def test_a_profile_without_mechanism_keeps_the_digest_it_had(values):
-    del values["mechanism"]
+def test_a_profile_without_later_sections_keeps_the_digest_it_had(values):
+    later = ("mechanism", "branches")
+    for section in later:
+        del values[section]
     profile = profile_from(values)
-    assert profile.mechanism is None
+    assert [getattr(profile, section) for section in later] == [None, None]
     older = dataclasses.asdict(dataclasses.replace(profile, workers=1))
-    del older["mechanism"]  # as tables have it that were written before there was this section
+    for section in later:  # as tables have it that were written before there were these sections
+        del older[section]
     assert profile.digest == digest(older) == profile_from(older).digest
     assert profile_from(values, {"continual.curve_seeds": []}).continual.curve_seeds == ()
