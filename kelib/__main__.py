@@ -80,10 +80,11 @@ def _status(arguments: argparse.Namespace) -> None:
         }
         grid = [run for _, run in [*study.intervention_grid(), *study.arms_grid()]]
         grids["4 interventions"] = [*study.intervene_runs(), *grid]
+        grids["7 branches"] = beyond.departures(study)
         try:
             entropy = stages.table(study, "entropy")
             grids["3 continual"] = [run for _, run in study.continual_grid(entropy)]
-            grids["6 mechanism"] = beyond.all_runs(study, entropy)
+            grids["6 mechanism"] = beyond.looks(study, entropy)
         except KelibError:
             print("3 continual: known when stage 2 is done")
     for name in sorted(grids):

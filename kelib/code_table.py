@@ -61,6 +61,7 @@ CODE = {
     "mechanism": ("jobs:mechanism", *_MECHANISM),
     "later": ("jobs:later", "retention", *_MECHANISM),
     "reactivation": ("jobs:reactivation", "reactivation", *_MECHANISM),
+    "branch": ("jobs:branch", "branches", "training", "checkpoints"),
 }
 
 

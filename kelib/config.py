@@ -29,6 +29,8 @@ from kelib.schema import (
 from kelib.sections import (
     PROTOCOL,
     TEXTS,
+    Branch,
+    Branches,
     Continual,
     Corpus,
     Mechanism,
@@ -44,6 +46,8 @@ from kelib.sections import (
 __all__ = [
     "PROTOCOL",
     "TEXTS",
+    "Branch",
+    "Branches",
     "Continual",
     "Corpus",
     "Mechanism",
@@ -66,7 +70,12 @@ __all__ = [
 
 
 # Sections that a profile need not have, and whose rates they must be among
-OPTIONAL = {"mechanism": "continual", "retention": "continual", "reactivation": "interventions"}
+OPTIONAL = {
+    "mechanism": "continual",
+    "retention": "continual",
+    "reactivation": "interventions",
+    "branches": "continual",
+}
 
 
 def repository_root() -> Path:
@@ -100,6 +109,7 @@ class Profile:
     mechanism: Mechanism | None = None
     retention: Retention | None = None
     reactivation: Reactivation | None = None
+    branches: Branches | None = None
 
     def __post_init__(self) -> None:
         at_least(self, workers=1)
@@ -131,12 +141,15 @@ class Profile:
                 f"rates of {of}.learning_rates {allowed}",
             )
             require(
-                self.continual.curve_seeds != (),
+                name == "branches" or self.continual.curve_seeds != (),
                 "continual.curve_seeds",
                 self.continual.curve_seeds,
                 f"at least one seed where there is a section {name}: only their runs keep the "
                 "weights that it looks into",
             )
+
+        for branch in self.branches.branches if self.branches is not None else ():
+            branch.span(self.pretraining)  # refused here, before anything is computed
 
     @property
     def digest(self) -> str:

@@ -337,6 +337,13 @@ def reactivation(settings: Settings, inputs: Inputs, folder: Path, progress: Pro
     reactivation.reactivation(models, tokenizer, settings, inputs, folder, progress)
 
 
+def branch(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Another way on from a checkpoint of pretraining: annealed, or with another weight decay."""
+    from kelib import branches
+
+    branches.branch(settings, inputs, folder, progress)
+
+
 def _write_items(folder: Path, prefix: str, found: Any) -> None:
     """Item-level results as CSV; they carry numbers of entries and questions, never their text."""
     tables: dict[str, pd.DataFrame] = {"probes": found.probes, "questions": found.questions}

@@ -14,8 +14,16 @@ from typing import Any
 
 import pandas as pd
 
-from kelib.beyond import mechanism_runs, reactivation_runs, retention_runs
+from kelib.beyond import (
+    branch_grid,
+    branch_measure_runs,
+    branch_runs,
+    mechanism_runs,
+    reactivation_runs,
+    retention_runs,
+)
 from kelib.beyond_tables import reactivation_table, retention_table
+from kelib.branch_tables import branch_entropy_table, branch_learning_table, branch_table
 from kelib.config import PROTOCOL, load_profile, repository_root
 from kelib.errors import KelibError
 from kelib.runs import Run
@@ -33,6 +41,7 @@ from kelib.tables import library_digest, provenance, read_provenance, read_table
 
 MEASURED = ("entropy", "entropies", "panel", "convergence", "entities", "checkpoints")
 TABLES = ("pretraining", *MEASURED, "curves", "variants", "continual", "arms", "interventions")
+BRANCHES = ("branches", "branch_entropy", "branch_learning")
 MECHANISM = ("gradients", "shares", "carriers", "overlap", "noise", "steps")
 
 
@@ -162,6 +171,31 @@ def mechanism(study: Study) -> dict[str, pd.DataFrame]:
     return {
         name: _write(study, name, pd.concat(of_name, ignore_index=True), ["entropy"], runs)
         for name, of_name in parts.items()
+    }
+
+
+def branches(study: Study) -> dict[str, pd.DataFrame]:
+    """Stage 7: other ways on from a checkpoint of pretraining, see :mod:`kelib.branches`; what they
+    know, their entropy, and continual learning from their ends. The tables of :data:`BRANCHES`.
+
+    Reads the tables of stage 2. Raises KelibError for a profile without that section.
+    """
+    _require_section(study, "branches", "continual", "leave pretraining on another way")
+    grid = branch_grid(study)
+    runs = {
+        "branches": [run for _, run in branch_runs(study)],
+        "branch_entropy": branch_measure_runs(study),
+        "branch_learning": [run for _, run in grid],
+    }
+    study.run([run for of_table in runs.values() for run in of_table], "branches")
+    entropy, checkpoints = table(study, "entropy"), table(study, "checkpoints")
+    layers = branch_entropy_table(study, entropy)
+    known = branch_table(study, checkpoints, layers)
+    learned = branch_learning_table(study, grid, known)
+    inputs = ["entropy", "checkpoints"]
+    return {
+        name: _write(study, name, rows, inputs, runs[name])
+        for name, rows in zip(BRANCHES, (known, layers, learned), strict=True)
     }
 
 

@@ -31,7 +31,8 @@ class Study:
 
     def _home(self, kind: str) -> Path:
         name = self.profile.profile
-        top = {"corpus": self.data / "corpus" / name, "pretrain": self.data / "checkpoints" / name}
+        weights = self.data / "checkpoints" / name
+        top = {"corpus": self.data / "corpus" / name, "pretrain": weights, "branch": weights}
         return top.get(kind, self.measurements / kind)
 
     def corpus_run(self, seed: int) -> Run:
@@ -75,23 +76,30 @@ class Study:
         return [self.pretrain_run(seed, m) for m in self.models for seed in self.profile.seeds]
 
     def from_checkpoint(
-        self, kind: str, seed: int, step: int, more: dict[str, Any], model: str = ""
+        self,
+        kind: str,
+        seed: int,
+        step: int,
+        more: dict[str, Any],
+        model: str = "",
+        branch: Run | None = None,
     ) -> Run:
-        """A run of ``kind`` with a checkpoint and the corpus of its seed as inputs."""
-        corpus, pretrain = self.corpus_run(seed), self.pretrain_run(seed, model)
+        """A run of ``kind`` with a checkpoint (of pretraining, or of a ``branch`` of it, see
+        :mod:`kelib.beyond`) and the corpus of its seed as inputs."""
+        corpus, pretrain = self.corpus_run(seed), branch or self.pretrain_run(seed, model)
         settings = {"seed": seed, "step": step, "pretrain": pretrain.settings["digest"], **more}
         return Run(kind, self._home(kind), settings, {"corpus": corpus, "pretrain": pretrain})
 
-    def entropy_run(self, seed: int, step: int, model: str = "") -> Run:
+    def entropy_run(self, seed: int, step: int, model: str = "", branch: Run | None = None) -> Run:
         """All entropies of one checkpoint (of which only those near a stage show convergence)."""
-        own = model in ("", self.profile.model.model_type)
-        return self.from_checkpoint(
-            "entropy", seed, step, {"converge": own and step in self.near_stages()}, model
-        )
+        own = model in ("", self.profile.model.model_type) and branch is None
+        more = {"converge": own and step in self.near_stages()}
+        return self.from_checkpoint("entropy", seed, step, more, model, branch)
 
-    def evaluate_run(self, seed: int, step: int) -> Run:
+    def evaluate_run(self, seed: int, step: int, branch: Run | None = None) -> Run:
         """Probes, questions and losses of one checkpoint."""
-        return self.from_checkpoint("evaluate", seed, step, {"corpus": _plain(self.profile.corpus)})
+        more = {"corpus": _plain(self.profile.corpus)}
+        return self.from_checkpoint("evaluate", seed, step, more, branch=branch)
 
     def measure_runs(self) -> list[Run]:
         """Entropies of every checkpoint of every model, and what the study's own knows at it."""
@@ -138,11 +146,13 @@ class Study:
         injected: bool = True,
         intervention: dict[str, Any] | None = None,
         variant: Variant | None = None,
+        branch: Run | None = None,
     ) -> Run:
         """Continual learning from one checkpoint, by the protocol or a ``variant`` of it.
 
         Runs of the curve seeds that follow the protocol and read passages keep their last weights;
-        their learning curve is scored where no intervention came before.
+        their learning curve is scored where no intervention came before. From a ``branch`` of
+        pretraining neither is done.
         """
         plan, of = self.profile.continual, variant or Variant("", (rate,), (cl_seed,))
         kept: dict[str, int | None] = {
@@ -152,7 +162,8 @@ class Study:
         kept |= {"injections": plan.injections, "save_every": plan.save_every}
         # the lists that the grid is made of are no settings of a run
         lists = {"learning_rates": [rate], "seeds": [cl_seed], "stages": [1.0]}
-        looked_at = variant is None and injected and cl_seed in plan.curve_seeds
+        trunk = variant is None and branch is None
+        looked_at = trunk and injected and cl_seed in plan.curve_seeds
         more = {
             "corpus": _plain(self.profile.corpus),
             "training": _plain(self.profile.training),
@@ -167,16 +178,17 @@ class Study:
             "curve": looked_at and intervention is None,
             "keep": looked_at,
         }
-        run = self.from_checkpoint("continual", seed, step, more)
-        return run if intervention is None else self._with_coefficients(run)
+        run = self.from_checkpoint("continual", seed, step, more, branch=branch)
+        return run if intervention is None else self._with_coefficients(run, branch)
 
     def intervene_run(self, seed: int, step: int, intervention: dict[str, Any]) -> Run:
         """What an intervention alone does to a checkpoint."""
         more = {"corpus": _plain(self.profile.corpus), "intervention": intervention}
         return self._with_coefficients(self.from_checkpoint("intervene", seed, step, more))
 
-    def _with_coefficients(self, run: Run) -> Run:
-        entropy = self.entropy_run(run.settings["seed"], run.settings["step"])
+    def _with_coefficients(self, run: Run, branch: Run | None = None) -> Run:
+        s = run.settings
+        entropy = self.entropy_run(s["seed"], s["step"], branch=branch)
         return dataclasses.replace(run, inputs={**run.inputs, "entropy": entropy})
 
     def stages(self, entropy: pd.DataFrame, seed: int) -> dict[str, int]:

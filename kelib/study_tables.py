@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -139,37 +139,54 @@ def continual_table(
     totals = entropy.groupby(["seed", "step"])["entropy_nats"].sum()
     rows = []
     for variant, run in grid:
-        s, after = run.settings, run.read()
-        after.pop("losses")
-        start = before.loc[(s["seed"], s["step"])]
+        s = run.settings
+        place = (s["seed"], s["step"])
         names = {step: label for label, step in labels[s["seed"]].items()}
-        change = s["intervention"] or {"name": "none"}
-        row = {
-            "seed": s["seed"],
-            "stage_step": s["step"],
-            # a variant or an arm may begin where the protocol does not
-            "stage_label": names.get(
-                s["step"], f"{s['step'] / study.profile.pretraining.steps:.0%}"
-            ),
-            "variant": variant,
-            "learning_rate": s["learning_rate"],
-            "cl_seed": s["cl_seed"],
-            "injected": s["injected"],
-            "intervention": change["name"],
-            "ratio": change.get("ratio", np.nan),
-            "factor": change.get("factor", np.nan),
-            "chance": CHANCE,
-            "tokens_per_parameter": start["tokens_per_parameter"],
-        }
-        pretrained = {**start, "entropy": totals[(s["seed"], s["step"])]}
-        row |= {f"{name}_pt": pretrained[name] for name in after}
-        row |= {f"{name}_cl": value for name, value in after.items()}
-        row |= _item_intervals(study.evaluate_run(s["seed"], s["step"]), run)
+        # a variant or an arm may begin where the protocol does not
+        label = names.get(s["step"], f"{s['step'] / study.profile.pretraining.steps:.0%}")
+        start = {**before.loc[place], "entropy": totals[place]}
+        row = learning_row(run, start, study.evaluate_run(*place), label, variant)
         if s["intervention"] is not None:
-            modified = study.intervene_run(s["seed"], s["step"], s["intervention"]).read()
-            row |= {f"{name}_modified": modified[name] for name in after}
+            modified = study.intervene_run(*place, s["intervention"]).read()
+            measured = [name.removesuffix("_cl") for name in row if name.endswith("_cl")]
+            row |= {f"{name}_modified": modified[name] for name in measured}
             row |= {name: modified[name] for name in modified if name.startswith("weights_")}
         rows.append(row)
+    return learning_table(rows)
+
+
+def learning_row(
+    run: Run, start: Mapping[str, Any], evaluated: Run, label: str, variant: str
+) -> dict[str, Any]:
+    """The columns of :func:`continual_table` that need no other row, for one run.
+
+    ``start`` has what is known of the checkpoint it began from (its entropy among it), and
+    ``evaluated`` is the run that measured that one.
+    """
+    s, after = run.settings, run.read()
+    after.pop("losses")
+    change = s["intervention"] or {"name": "none"}
+    row = {
+        "seed": s["seed"],
+        "stage_step": s["step"],
+        "stage_label": label,
+        "variant": variant,
+        "learning_rate": s["learning_rate"],
+        "cl_seed": s["cl_seed"],
+        "injected": s["injected"],
+        "intervention": change["name"],
+        "ratio": change.get("ratio", np.nan),
+        "factor": change.get("factor", np.nan),
+        "chance": CHANCE,
+        "tokens_per_parameter": start["tokens_per_parameter"],
+    }
+    row |= {f"{name}_pt": start[name] for name in after}
+    row |= {f"{name}_cl": value for name, value in after.items()}
+    return row | _item_intervals(evaluated, run)
+
+
+def learning_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows of :func:`learning_row` in order, with A, F and F over chance."""
     keys = ["seed", "stage_step", "variant", "learning_rate", "intervention", "ratio", "factor"]
     table = pd.DataFrame(rows).sort_values([*keys, "cl_seed", "injected"], ignore_index=True)
     table["acquisition"] = acquisition(table["k_pt"], table["k_cl"])

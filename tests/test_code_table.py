@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kelib import code_table, jobs
-from kelib.beyond import mechanism_runs, reactivation_runs, retention_runs
+from kelib.beyond import branch_run, mechanism_runs, reactivation_runs, retention_runs
 from kelib.code_table import CODE, code_digest
 from kelib.config import load_profile
 from kelib.published import PublishedStudy, load_published
@@ -79,6 +79,7 @@ def run_of(kind: str) -> Run:
         "mechanism": mechanism_runs(study, entropy)[0],
         "later": retention_runs(study, entropy)[-1],
         "reactivation": reactivation_runs(study)[-1],
+        "branch": branch_run(study, 0, study.profile.branches.branches[0]),
     }
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
@@ -155,7 +156,7 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
     [
         ("corpus", {"corpus", "import_model", "published"}),
         ("wordings", {"asked", "corpus", "import_model"}),
-        ("training", {"pretrain", "continual"}),
+        ("training", {"pretrain", "continual", "branch"}),
         ("entropy", {"entropy", "intervene", "continual", "published"}),
         ("scoring", {"asked", "evaluate", "intervene", "continual", "published"}),
         ("interventions", {"intervene", "continual"}),
@@ -164,6 +165,7 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
         ("retention", {"later"}),
         ("reactivation", {"reactivation"}),
         ("beyond_tables", set()),
+        ("branches", {"branch"}),
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
         ("convergence", {"entropy", "published"}),
@@ -181,7 +183,8 @@ def test_code_changes_the_digest_of_what_rests_on_it(copied_code, place, kinds):
 def test_a_number_in_the_code_changes_the_digest(copied_code):
     before = copied_code()
     after = copied_code("training", "0.5 * (1 + math.cos", "0.4 * (1 + math.cos")
-    assert {kind for kind in CODE if before[kind] != after[kind]} == {"pretrain", "continual"}
+    rest = {"pretrain", "continual", "branch"}
+    assert {kind for kind in CODE if before[kind] != after[kind]} == rest
 
 
 def test_every_kind_has_its_job_in_its_digest():

@@ -81,8 +81,8 @@ def test_unknown_key_is_named_with_a_suggestion_and_the_valid_ones(values):
 
 
 def test_unknown_key_like_no_other_has_no_suggestion(values):
-    refuses("unknown key zzz: valid keys are comparison, continual, corpus", values | {"zzz": 1})
-    refuses("unknown key 7: valid keys are comparison, continual, corpus", values | {7: 1})
+    refuses("unknown key zzz: valid keys are branches, comparison, continual", values | {"zzz": 1})
+    refuses("unknown key 7: valid keys are branches, comparison, continual", values | {7: 1})
 
 
 def test_missing_key_is_named_with_the_valid_ones(values):
@@ -179,7 +179,7 @@ def test_the_callers_values_are_left_alone(values):
 
 @pytest.mark.parametrize("other", [None, [], "smoke"])
 def test_a_profile_is_a_mapping(other):
-    refuses("a profile must be a mapping with comparison, continual, corpus", other)
+    refuses("a profile must be a mapping with branches, comparison, continual", other)
 
 
 def every_value(node, prefix=""):
@@ -195,7 +195,7 @@ def another(key, value):
     special = {
         "corpus.domain": ["generated:other"],
         "corpus.general": ["generated:other"],
-        "pretraining.checkpoints": [1, 2],
+        "pretraining.checkpoints": [1, 2, 30],
         "continual.learning_rates": [6.0e-3, 1.0e-3, 2.0e-3],
         "continual.steps": 40,
         "continual.injections": 5,
@@ -205,6 +205,8 @@ def another(key, value):
         "mechanism.learning_rates": [1.0e-3],
         "retention.learning_rates": [1.0e-3],
         "reactivation.learning_rates": [1.0e-3],
+        "branches.learning_rates": [1.0e-3],
+        "pretraining.optimizer_states": [30, 45],
         "model.hidden_size": 64,
         "model.num_attention_heads": 4,
         "comparison.hidden_size": 64,

@@ -37,6 +37,7 @@ TINY = {
     "continual.variants": [],
     "continual.control_seeds": [],
     "mechanism.learning_rates": [6.0e-3, 1.0e-3],
+    "branches": None,
 }
 KEYS = ["seed", "stage_step", "stage_label", "learning_rate"]
 PLACES = [(SEED, step, label, rate) for step, label in ((10, "50%"), (20, "100%"))

@@ -39,6 +39,7 @@ TINY = {
     "pretraining.steps": 60,
     "pretraining.batch_size": 4,
     "pretraining.checkpoints": KEPT,
+    "branches": None,
 }
 DO = """
 import pickle, signal, sys

@@ -32,6 +32,8 @@ SMALL = {
     "workers": 1,
     "pretraining.steps": STEPS,
     "pretraining.checkpoints": [2, 4, 8, 20],
+    "pretraining.optimizer_states": [],
+    "branches": None,
     "continual.steps": 10,
     "continual.seeds": [0],
     "continual.variants": [],
@@ -338,6 +340,8 @@ def study_of(steps=100, stages=(0.5, 1.0)):
     overrides = {
         "pretraining.steps": steps,
         "pretraining.checkpoints": [],
+        "pretraining.optimizer_states": [],
+        "branches": None,
         "continual.stages": list(stages),
     }
     return Study(load_profile("smoke", overrides), None)

@@ -217,11 +217,12 @@ SCORING_TINY = described(
     {**entropy.TINY, "tokens": 32, "questions": 12, "context": (9, 20), "choice": (1, 4)}
 )
 _smoke = load_profile("smoke")
+_TRUNK = {"pretraining.optimizer_states": [], "branches": None}  # pretraining alone
 GRID = {
     "model": {**asdict(_smoke.model), "vocab_size": _smoke.corpus.vocabulary_size},
     "data": f"8 runs of 600 steps x {_smoke.pretraining.batch_size} x "
     f"{_smoke.corpus.sequence_length} tokens",
-    **{"runs": 8, "changes": {"pretraining.steps": 600}, "repeats": 1},
+    **{"runs": 8, "changes": {"pretraining.steps": 600, **_TRUNK}, "repeats": 1},
 }
 
 
@@ -252,7 +253,10 @@ ROWS = (
         grid,
         [Comparison("time", "2 workers", "ideal", "<=", 1.15)],
         GRID,
-        {"runs": 2, "changes": {"pretraining.steps": 2, "pretraining.checkpoints": [1]}},
+        {
+            "runs": 2,
+            "changes": {"pretraining.steps": 2, "pretraining.checkpoints": [1], **_TRUNK},
+        },
         KEEP_MEMORY,
     ),
 )
