@@ -107,8 +107,8 @@ def _look_into(study: Study, kind: str, learned: Run, more: dict[str, Any] | Non
 def branch_run(study: Study, seed: int, branch: Branch) -> Run:
     """Pretraining of one seed that goes on another way, see :mod:`kelib.branches`.
 
-    The name of a branch is no setting of it. Beside its end the checkpoints of pretraining that lie
-    on the way are kept.
+    The name of a branch is no setting of it. Beside its end it keeps the checkpoints near the stages
+    that lie on the way.
     """
     p, trunk = study.profile, study.pretrain_run(seed)
     start, end = branch.span(p.pretraining)
@@ -116,7 +116,7 @@ def branch_run(study: Study, seed: int, branch: Branch) -> Run:
     more = {
         **{name: trunk.settings[name] for name in ("pretraining", "training", "facts_share")},
         "end": end,
-        "kept": [step for step in p.pretraining.checkpoints if start < step < end],
+        "kept": [step for step in study.near_stages() if start < step < end],
         "weight_decay": decay if branch.weight_decay is None else branch.weight_decay,
         "annealed": branch.annealed,
     }
