@@ -32,6 +32,7 @@ TINY = {
     "pretraining.checkpoints": [START, 15],
     "pretraining.optimizer_states": [START, STEPS],
     "continual.steps": 10,
+    "continual.stages": [0.5, 0.75, 1.0],
     "continual.seeds": [0],
     "continual.learning_rates": [6.0e-3],
     "continual.variants": [],
