@@ -7,7 +7,7 @@ include env.mk
 
 # the code that computes; drawing, claims and notebooks are not part of it
 PLOTS := $(wildcard kelib/plots*.py)
-COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py reference.py \
+COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py notebooks.py __main__.py),$(wildcard kelib/*.py))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
@@ -20,8 +20,13 @@ AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig07_data_sets fi
 	fig10_entities ours_convergence ours_plasticity_panel $(if $(call has,comparison),fig06_other_family)
 AFTER_3 := fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting \
 	$(if $(call has,variants),fig13_corpora tab01_protocols) $(if $(call has,curve_seeds),ours_learning_curves)
-AFTER_4 := fig05_resuscitation tab00_claims
-FIGURES := $(AFTER_2) $(AFTER_3) $(AFTER_4)
+AFTER_4 := fig05_resuscitation tab00_claims ours_correlations $(if $(call has,arms),ours_interventions fig15_ratio \
+	fig16_resuscitation_stages fig18_attention_temperature)
+AFTER_6 := $(if $(call has,mechanism),ours_gradient_shares ours_memory_sources ours_sensitivity) \
+	$(if $(call has,retention),ours_retention) $(if $(call has,reactivation),ours_reactivation)
+AFTER_7 := $(if $(call has,branches),ours_annealing ours_weight_decay)
+LATE := $(if $(strip $(AFTER_6)),$(OUT)/6_mechanism.ipynb) $(if $(AFTER_7),$(OUT)/7_branches.ipynb)
+FIGURES := $(AFTER_2) $(AFTER_3) $(AFTER_4) $(AFTER_6) $(AFTER_7) ours_contrasts
 # two families are compared before any continual learning
 ifeq ($(PROFILE),families)
 FIGURES := fig06_other_family
@@ -31,7 +36,8 @@ ifneq ($(call has,published),)
 FIGURES := ours_smollm2
 endif
 # what drawing rests on: a change of the compute code alone does not redraw
-DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py metrics.py trends.py results.py tables.py config.py study.py)
+DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
+	tables.py config.py sections.py study.py)
 
 .PHONY: help figures study test check format data status notebooks bench reference clean search lab
 help: ## list the targets
@@ -52,6 +58,14 @@ $(MEASURED)/continual.csv: notebooks/stages/3_continual.ipynb $(MEASURED)/checkp
 $(MEASURED)/interventions.csv: notebooks/stages/4_interventions.ipynb $(MEASURED)/continual.csv
 	@$(RUN) $< $(OUT)/4_interventions.ipynb -p profile=$(PROFILE) -p scratch=false
 
+# these write many tables: the executed notebook says that all of them are there
+$(OUT)/6_mechanism.ipynb: notebooks/stages/6_mechanism.ipynb $(MEASURED)/interventions.csv
+	@$(RUN) $< $@ -p profile=$(PROFILE) -p scratch=false
+# no two stages at once, so that runs.py alone shares the cores out
+$(OUT)/7_branches.ipynb: notebooks/stages/7_branches.ipynb $(MEASURED)/interventions.csv \
+		$(filter %/6_mechanism.ipynb,$(LATE))
+	@$(RUN) $< $@ -p profile=$(PROFILE) -p scratch=false
+
 $(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/5_published.ipynb -p profile=$(PROFILE) -p scratch=false
@@ -60,6 +74,9 @@ $(OUT)/ours_smollm2.json: $(MEASURED)/texts.csv
 $(AFTER_2:%=$(OUT)/%.json): $(MEASURED)/checkpoints.csv
 $(AFTER_3:%=$(OUT)/%.json): $(MEASURED)/continual.csv
 $(AFTER_4:%=$(OUT)/%.json): $(MEASURED)/interventions.csv notebooks/params/claims.yaml
+$(AFTER_6:%=$(OUT)/%.json): $(OUT)/6_mechanism.ipynb
+$(AFTER_7:%=$(OUT)/%.json): $(OUT)/7_branches.ipynb
+$(OUT)/ours_contrasts.json: $(MEASURED)/interventions.csv notebooks/params/contrasts.yaml $(LATE)
 $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
 	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements
 

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from kelib import metrics
-from kelib.config import Profile
+from kelib.config import Profile, repository_root
 from kelib.errors import KelibError, listing
+from kelib.results import Tables
 from kelib.schema import build, read_yaml, require
 
 STAGES = ("first", "last")
@@ -171,6 +172,12 @@ def judged(contrasts: tuple[Contrast, ...], found: pd.DataFrame) -> pd.DataFrame
         rows.append(row | {name: getattr(c, name) for name in shown})
     first = ["contrast", "n", "value", "reference", "mean", "low95", "high95", "outcome"]
     return pd.DataFrame(rows).reindex(columns=[*first, *shown])
+
+
+def judged_contrasts(tables: Tables) -> pd.DataFrame:
+    """The declared contrasts of the repository, judged on measurement tables."""
+    declared = load_contrasts(repository_root() / "notebooks" / "params" / "contrasts.yaml")
+    return judged(declared, differences(declared, tables.optional, rates_of(tables.profile)))
 
 
 def _outcome(contrast: Contrast, values: np.ndarray, wide: metrics.Interval) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from kelib.config import Profile
+from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
 from kelib.readme_figures import figures_markdown
 from kelib.results import Tables, open_tables
@@ -33,6 +34,28 @@ def claims_markdown(claims: pd.DataFrame) -> str:
         lines.append(
             f"| {row.statement} | {row.learning_rate:g} | {row.n} | {effect} | {interval} "
             f"| {row.verdict}{why} | {row.paper_value} |"
+        )
+    return "\n".join(lines)
+
+
+def contrasts_markdown(contrasts: pd.DataFrame) -> str:
+    """Exploratory contrasts as a Markdown table, those first whose interval lies beside 0."""
+    order = ["as expected", "opposite", "no effect that would matter"]
+    ranks = {outcome: rank for rank, outcome in enumerate(order)}
+    shown = contrasts[contrasts["outcome"] != "not run"]
+    shown = shown.iloc[shown["outcome"].map(ranks).fillna(len(order)).argsort(kind="stable")]
+    lines = [
+        "| exploratory contrast | expected by | n | difference | 95 % interval | outcome |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    row: Any  # columns have no types of their own
+    for row in shown.itertuples():
+        numbers = " | "
+        if pd.notna(row.mean):
+            interval = "" if pd.isna(row.low95) else f"{row.low95:+.3f} … {row.high95:+.3f}"
+            numbers = f"{row.mean:+.3f} {row.unit} | {interval}"
+        lines.append(
+            f"| {row.statement} | {row.expected_by} | {row.n} | {numbers} | {row.outcome} |"
         )
     return "\n".join(lines)
 
@@ -118,6 +141,9 @@ def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | No
     claims = pd.read_csv(tables.figures / "tab00_claims.csv")
     text = replace_generated(text, "claims", claims_markdown(claims))
     text = replace_generated(text, "controls", controls_markdown(tables))
+    if (tables_of_contrasts := opened("ours_contrasts")) is not None:
+        table = contrasts_markdown(judged_contrasts(tables_of_contrasts))
+        text = replace_generated(text, "contrasts", table)
     text = replace_generated(text, "protocol", protocol_markdown(tables.profile))
     text = replace_generated(text, "figures", figures_markdown(opened))
     write_atomically(readme, text)

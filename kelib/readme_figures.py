@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from kelib.config import load_profile
+from kelib.contrasts import judged_contrasts
 from kelib.published import load_published, published_profiles
 from kelib.results import Tables
 from kelib.study import peak_step
@@ -26,7 +27,22 @@ FIGURES = {
     "fig11_once_paraphrase": ("11", "once lags paraphrase, A(once) below 0 at the last stage"),
     "fig12_before_after": ("12", "late stages better before, worse after"),
     "fig13_corpora": ("13", "A first to last: PubMed -6.4, C4 -3.4 points"),
+    "fig14_whole_pretraining": ("14", "A rises to 15 % of training, then falls"),
+    "fig15_ratio": ("15", "more p is better up to a point, p = 90 % hurts"),
+    "fig16_resuscitation_stages": ("16, 17", "the effect grows for later checkpoints"),
+    "fig18_attention_temperature": ("18", "acquires less than resuscitation"),
     "tab01_protocols": ("tables 1, 2", "A falls with the stage but at LR 1e-4"),
+    "ours_correlations": ("footnote 11", "entropy with A 0.94, with F -0.96, one run"),
+    "ours_gradient_shares": ("A.1", "argued, not measured"),
+    "ours_interventions": ("ours", "no controls reported"),
+    "ours_confounds": ("ours", "not reported"),
+    "ours_annealing": ("ours", "not reported"),
+    "ours_weight_decay": ("ours", "not reported"),
+    "ours_memory_sources": ("ours", "not reported"),
+    "ours_sensitivity": ("ours", "not reported"),
+    "ours_retention": ("ours", "not reported"),
+    "ours_reactivation": ("ours", "not reported"),
+    "ours_contrasts": ("ours", "not reported"),
     "ours_learning_curves": ("ours", "not reported"),
     "ours_probe_levels": ("ours", "not reported"),
     "ours_task_forgetting": ("ours", "not reported"),
@@ -69,11 +85,25 @@ _CONTINUAL = (
     *("fig04_stages", "fig11_once_paraphrase", "fig12_before_after"),
     *("ours_learning_curves", "ours_probe_levels", "ours_task_forgetting"),
 )
+_VARIANTS = ("fig13_corpora", "tab01_protocols", "fig14_whole_pretraining", "ours_confounds")
+_ARMS = (
+    *("fig15_ratio", "fig16_resuscitation_stages", "fig18_attention_temperature"),
+    "ours_interventions",
+)
+_MECHANISM = ("ours_gradient_shares", "ours_memory_sources", "ours_sensitivity")
+_BRANCHES = ("ours_annealing", "ours_weight_decay")
 _STAGES = {
     **{name: ("pretraining", "entropies", "checkpoints") for name in FIGURES},
     **{name: ("continual",) for name in _CONTINUAL},
-    **{name: ("variants",) for name in ("fig13_corpora", "tab01_protocols")},
+    **{name: ("variants",) for name in _VARIANTS},
+    **{name: ("arms",) for name in _ARMS},
+    **{name: ("shares",) for name in _MECHANISM},
+    **{name: ("branches", "branch_entropy", "branch_learning") for name in _BRANCHES},
     "fig05_resuscitation": ("interventions",),
+    "ours_correlations": ("continual",),
+    "ours_retention": ("retention",),
+    "ours_reactivation": ("reactivation",),
+    "ours_contrasts": (),
     "ours_smollm2": ("texts",),
     "tab00_claims": (),
 }
@@ -96,6 +126,8 @@ def _ours(name: str, tables: Tables) -> str:
         return f"{np.mean(change):+.2f} nats after the peak{_of_seeds(change)}"
     if name in _WORDS:
         return _WORDS[name](tables)
+    if name in _CONTRASTS:
+        return _contrast_words(tables, _CONTRASTS[name])
     if name in _IN_THE_NOTEBOOK:
         return _IN_THE_NOTEBOOK[name]
     if name == "ours_convergence":
@@ -223,7 +255,41 @@ _WORDS: dict[str, Callable[[Tables], str]] = {
     "fig12_before_after": _before_after_words,
     "fig13_corpora": _corpora_words,
 }
+
+
+def _contrast_words(tables: Tables, names: dict[str, str]) -> str:
+    """Means and intervals of exploratory contrasts, each behind its words."""
+    found = judged_contrasts(tables).set_index("contrast")
+    parts = []
+    for name, words in names.items():
+        row = found.loc[name]
+        text = row["outcome"] if pd.isna(row["mean"]) else f"{row['mean']:+.3f} {row['unit']}"
+        interval = f" [{row['low95']:+.3f}, {row['high95']:+.3f}]" if pd.notna(row["low95"]) else ""
+        parts.append(f"{words} {text}{interval}")
+    return "; ".join(parts)
+
+
+_CONTRASTS = {  # figure -> the contrasts that say most about it, with words for each
+    "ours_interventions": {"preserving_knowledge": "K_CL, function-preserving minus original"},
+    "ours_gradient_shares": {
+        "gradient_share": "most active tenth, share of the gradient of V, last minus first stage",
+        "gradient_against_update": "of the gradient minus of the update",
+    },
+    "ours_sensitivity": {"noise_sensitivity": "loss under 10 % noise, last minus first stage"},
+    "ours_retention": {"retention_stage": "part retained, last minus first stage"},
+    "ours_reactivation": {"woken_knowledge": "K without woken minus without random memories"},
+    "fig14_whole_pretraining": {"early_gain": "K gain, first stage after the peak minus earliest"},
+    "fig15_ratio": {"most_ratio_knowledge": "K_CL, p = 90 % minus 50 %"},
+    "fig18_attention_temperature": {"temperature_knowledge": "K_CL, T = 1.5 minus q = 1"},
+    "ours_confounds": {"own_moments_gain": "K gain last minus first stage, own moments"},
+}
 _IN_THE_NOTEBOOK = {
+    "ours_contrasts": "the table above",
+    "ours_correlations": "by outcome in the notebook",
+    "ours_memory_sources": "by stage in the notebook",
+    "fig16_resuscitation_stages": "by stage in the notebook",
+    "ours_annealing": "by stage in the notebook",
+    "ours_weight_decay": "by branch in the notebook",
     "tab00_claims": "the table above",
     "ours_plasticity_panel": "correlations in the notebook",
     "tab01_protocols": "the tables in the notebook",
