@@ -107,8 +107,8 @@ def _look_into(study: Study, kind: str, learned: Run, more: dict[str, Any] | Non
 def branch_run(study: Study, seed: int, branch: Branch) -> Run:
     """Pretraining of one seed that goes on another way, see :mod:`kelib.branches`.
 
-    The name of a branch is no setting of it. Beside its end it keeps the checkpoints near the stages
-    that lie on the way.
+    The name of a branch is no setting of it. Beside its end it keeps the checkpoints near
+    the stages that lie on the way.
     """
     p, trunk = study.profile, study.pretrain_run(seed)
     start, end = branch.span(p.pretraining)
