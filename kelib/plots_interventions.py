@@ -117,7 +117,9 @@ def forest(
         ax.plot(scale * mean["mean"], y, ls="", label=f"_{key}", **style)
         spans += [seeds, ends] if mean["n"] > 3 else [seeds]
     ax.axvline(0, color="0.5", lw=0.8)
-    if linear is not None:
+    if linear is None:
+        ax.locator_params(axis="x", nbins=6)
+    else:
         _symlog(ax.xaxis, linear)
         if band:
             ax.axvspan(-linear, linear, color="0.93", zorder=0)
