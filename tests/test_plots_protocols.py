@@ -81,6 +81,7 @@ def test_protocols_are_named_by_how_they_depart_from_the_baseline() -> None:
     [
         {"text": "general"},
         {"own_moments": True},
+        {"stages": (0.1,)},
         {"optimizer": dataclasses.replace(OPTIMIZER, weight_decay=0.0)},
     ],
     ids=lambda change: next(iter(change)),
