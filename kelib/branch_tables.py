@@ -18,6 +18,7 @@ from kelib.study import Study
 from kelib.study_tables import learning_row, learning_table
 
 WHICH = ["seed", "branch", "step"]
+NORMS = ["value_norm", "key_norm"]  # of the plasticity panel: weight decay moves these first
 
 
 def branch_entropy_table(study: Study, entropy: pd.DataFrame) -> pd.DataFrame:
@@ -41,17 +42,21 @@ def branch_entropy_table(study: Study, entropy: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def branch_table(study: Study, checkpoints: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
-    """Knowledge, accuracy, losses and entropy by seed, branch and step.
+def branch_table(
+    study: Study, checkpoints: pd.DataFrame, layers: pd.DataFrame, panel: pd.DataFrame
+) -> pd.DataFrame:
+    """Knowledge, accuracy, losses, entropy and norms by seed, branch and step.
 
     ``start_step, end_step, weight_decay, annealed`` describe the branch; ``learning_rate`` is that
     of the last step before the checkpoint, ``entropy`` (nats) the sum over layers of ``layers``,
-    from :func:`branch_entropy_table`. ``checkpoints`` is the trunk's table.
+    from :func:`branch_entropy_table`, and ``value_norm`` and ``key_norm`` are Frobenius norms of V
+    and of the up projection, means over layers. ``checkpoints`` and ``panel`` are the trunk's.
     """
     p = study.profile
     per_step = p.pretraining.batch_size * p.corpus.sequence_length
     totals = layers.groupby(WHICH)["entropy_nats"].sum()
     trunk = checkpoints.set_index(["seed", "step"])
+    own = panel[panel["model"] == study.models[0]].groupby(["seed", "step"])[NORMS].mean()
     rows = []
     for branch, run in branch_runs(study):
         s, rates = run.settings, run.read()["rates"]
@@ -63,9 +68,11 @@ def branch_table(study: Study, checkpoints: pd.DataFrame, layers: pd.DataFrame) 
             row["learning_rate"] = rates[str(step)]
             tokens = {"share": step / p.pretraining.steps, "tokens": step * per_step}
             if step == s["step"]:
-                known = trunk.loc[(s["seed"], step)].to_dict()
+                known = {**trunk.loc[(s["seed"], step)], **own.loc[(s["seed"], step)]}
             else:
                 known = study.evaluate_run(s["seed"], step, branch=run).read()
+                norms = study.entropy_run(s["seed"], step, branch=run).read_table("panel.csv")
+                known |= norms[NORMS].mean().to_dict()
                 tokens["tokens_per_parameter"] = tokens["tokens"] / known["parameters"]
             rows.append({**row, **known, **tokens, "entropy": totals[place]})
     return pd.DataFrame(rows)

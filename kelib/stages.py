@@ -188,11 +188,11 @@ def branches(study: Study) -> dict[str, pd.DataFrame]:
         "branch_learning": [run for _, run in grid],
     }
     study.run([run for of_table in runs.values() for run in of_table], "branches")
-    entropy, checkpoints = table(study, "entropy"), table(study, "checkpoints")
+    inputs = ["entropy", "checkpoints", "panel"]
+    entropy, checkpoints, panel = (table(study, name) for name in inputs)
     layers = branch_entropy_table(study, entropy)
-    known = branch_table(study, checkpoints, layers)
+    known = branch_table(study, checkpoints, layers, panel)
     learned = branch_learning_table(study, grid, known)
-    inputs = ["entropy", "checkpoints"]
     return {
         name: _write(study, name, rows, inputs, runs[name])
         for name, rows in zip(BRANCHES, (known, layers, learned), strict=True)

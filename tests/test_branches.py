@@ -290,6 +290,12 @@ def test_the_table_of_branches_follows_them_from_the_trunk(finished):
     trunk = stages.table(finished.study, "checkpoints").set_index("step").loc[START]
     for name in ("k", "p", "loss_general", "tokens", "tokens_per_parameter", "share"):
         assert first[name].to_numpy() == pytest.approx(trunk[name])
+    panel = stages.table(finished.study, "panel").query("step == @START")
+    assert first["value_norm"].to_numpy() == pytest.approx(panel["value_norm"].mean())
+    last = table[table["step"] == table["end_step"]].set_index("branch")
+    squares = [(weights(finished.runs[NO_DECAY].folder, STEPS)[f"model.layers.{layer}.mlp.up_proj."
+                "weight"] ** 2).sum() for layer in (0, 1)]  # fmt: skip
+    assert last.loc[NO_DECAY, "key_norm"] == pytest.approx(np.sqrt(squares).mean(), rel=1e-5)
     assert set(table.loc[table["branch"] == NO_DECAY, "weight_decay"]) == {0.0}
     assert set(table.loc[table["branch"] == ANNEALED, "weight_decay"]) == {1.0}
     assert list(table.groupby("branch", sort=False)["annealed"].first()) == [True, False]
