@@ -92,12 +92,13 @@ data: | $(READY) ## fetch and verify the text of a profile, nothing else
 status: | $(READY) ## runs of a profile: done, running, failed, missing
 	@$(PY) -m kelib status $(PROFILE)
 
-# Files of tests are shared out over processes; notebooks are not: stages continue one another.
+# Files are shared out over processes, but for the notebooks of stages, which continue one another.
 TEST_PROCESSES ?= 2
 SHARED := -n $(TEST_PROCESSES) --dist loadfile
 test: | $(READY) ## all tests, notebooks included (nbval), offline
 	@$(PY) -m pytest -q $(SHARED)
-	@$(PY) -m pytest -q --nbval notebooks -p no:cacheprovider
+	@$(PY) -m pytest -q --nbval notebooks/stages -p no:cacheprovider
+	@$(PY) -m pytest -q --nbval $(SHARED) notebooks/*.ipynb -p no:cacheprovider
 
 check: | $(READY) ## format, lint, types
 	@$(PY) -m ruff format --check kelib tests notebooks
