@@ -152,9 +152,10 @@ def judged(contrasts: tuple[Contrast, ...], found: pd.DataFrame) -> pd.DataFrame
     """One row per contrast: n, means of both sides, mean difference with its 95 % t interval over
     seeds, and ``outcome``.
 
-    *as expected* and *opposite*: the interval lies on one side of 0. *no effect that would matter*:
-    the 90 % interval lies within plus and minus the smallest effect. Else *open*. With one seed the
-    sign alone is given; *undefined* where a seed has no number.
+    *as expected* and *opposite*: the interval lies on one side of 0; *too small to matter* is added
+    where the 90 % interval lies within plus and minus the smallest effect. Where that one does and
+    0 is inside: *no effect that would matter*. Else *open*. With one seed the sign alone is given;
+    *undefined* where a seed has no number.
     """
     rows = []
     for c in contrasts:
@@ -184,9 +185,8 @@ def _outcome(contrast: Contrast, values: np.ndarray, wide: metrics.Interval) -> 
     sign = "as expected" if np.sign(wide.mean) == contrast.direction else "opposite"
     if wide.n == 1:
         return f"one seed: {sign}"
-    if wide.low > 0 or wide.high < 0:
-        return sign
     narrow, effect = metrics.mean_interval(values, 0.9), contrast.smallest_effect
-    if -effect < narrow.low and narrow.high < effect:
-        return "no effect that would matter"
-    return "open"
+    small = -effect < narrow.low and narrow.high < effect
+    if wide.low > 0 or wide.high < 0:
+        return f"{sign}, too small to matter" if small else sign
+    return "no effect that would matter" if small else "open"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -54,13 +55,19 @@ def contrasts_forest(table: pd.DataFrame, ax: Axes) -> Axes:
     row: Any  # columns have no types of their own
     for y, row in enumerate(shown.itertuples()):
         mean, low, high = (v / row.smallest_effect for v in (row.mean, row.low95, row.high95))
-        colour = {"as expected": COLOURS[0], "opposite": COLOURS[3]}.get(row.outcome, "0.4")
+        side = row.outcome.split(",")[0]
+        colour = {"as expected": COLOURS[0], "opposite": COLOURS[3]}.get(side, "0.4")
         ax.plot([low, high], [y, y], color=colour, lw=1.4)
-        clear = row.outcome in ("as expected", "opposite")
+        clear = side in ("as expected", "opposite")
         ax.plot(mean, y, "o", ms=5, color=colour, mfc=colour if clear else "white")
     ax.axvspan(-1, 1, color="0.92", zorder=0)
     ax.axvline(0, color="0.5", lw=0.8)
     ax.set_xscale("symlog", linthresh=2)
+    most = np.ceil(np.abs(ax.get_xlim()).max())
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if t <= most]
+    places = [*(-t for t in reversed(ticks)), 0, *ticks]
+    ax.set_xticks(places, [f"{t:g}" for t in places])
+    ax.minorticks_off()
     ax.set_ylim(-0.7, len(shown) - 0.3)
     arrows = ["→" if d > 0 else "←" for d in shown["direction"]]
     ax.set_yticks(

@@ -40,7 +40,9 @@ def claims_markdown(claims: pd.DataFrame) -> str:
 
 def contrasts_markdown(contrasts: pd.DataFrame) -> str:
     """Exploratory contrasts as a Markdown table, those first whose interval lies beside 0."""
-    order = ["as expected", "opposite", "no effect that would matter"]
+    small = "too small to matter"
+    order = ["as expected", "opposite", f"as expected, {small}", f"opposite, {small}"]
+    order.append("no effect that would matter")
     ranks = {outcome: rank for rank, outcome in enumerate(order)}
     shown = contrasts[contrasts["outcome"] != "not run"]
     shown = shown.iloc[shown["outcome"].map(ranks).fillna(len(order)).argsort(kind="stable")]

@@ -132,6 +132,8 @@ def short_study(tmp_path_factory):
         "comparison": None,
         "pretraining.steps": 20,
         "pretraining.checkpoints": [1, 10],
+        "pretraining.optimizer_states": [],
+        "branches": None,
         "continual.steps": 10,
         "continual.seeds": [0],
         "continual.variants": [],

@@ -96,6 +96,7 @@ def test_an_interval_on_one_side_has_a_direction():
     assert outcome(1.0, 1.1, 0.9, direction=-1) == "opposite"
     assert outcome(-1.0, 1.0, 0.5) == "open"
     assert outcome(-0.1, 0.1, 0.05) == "no effect that would matter"
+    assert outcome(0.1, 0.11, 0.12) == "as expected, too small to matter"
     assert outcome(0.2) == "one seed: as expected"
     assert outcome(0.2, np.nan).startswith("undefined in seed 1")
 

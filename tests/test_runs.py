@@ -378,7 +378,9 @@ def test_a_failing_run_is_reported_and_the_others_are_finished(study, tmp_path, 
     monkeypatch.setenv("KELIB_PROGRESS", "lines")
     few = dataclasses.replace(study.profile.corpus, domain=(str(tmp_path / "nowhere"),))
     bad = Study(dataclasses.replace(study.profile, corpus=few), study.data).corpus_run(100)
-    short = dataclasses.replace(study.profile.pretraining, steps=3, checkpoints=())
+    short = dataclasses.replace(
+        study.profile.pretraining, steps=3, checkpoints=(), optimizer_states=()
+    )
     quick = Study(dataclasses.replace(study.profile, pretraining=short), study.data)
     good = quick.corpus_run(100)
     assert not good.done

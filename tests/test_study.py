@@ -438,12 +438,19 @@ def test_the_grid_is_complete_and_has_no_run_twice(entropy, tmp_path):
     study = Study(load_profile("smoke"), tmp_path)
     runs = [run for _, run in study.continual_grid(entropy)]
     places = 2 * 2  # seeds, stages 30 and 60
-    assert len(runs) == places * (2 * (2 + 1) + 3)  # rates, CL seeds and a control; variants
+    # rates, CL seeds and a control; variants, one of them with as many stages of its own
+    assert len(runs) == places * (2 * (2 + 1) + 4)
     woken = [run for _, run in study.intervention_grid()]
     assert len(woken) == 1 * 2 * 1 * 4 * 2  # rates, CL seeds, p, q, seeds
     assert len(digests(study, entropy)) == len(runs) + len(woken)
-    assert {run.settings["step"] for run in runs} == {30, 60}
+    early = [run.settings["step"] for name, run in study.continual_grid(entropy) if "early" in name]
+    assert sorted(early) == [8, 8, 15, 15]
+    assert {run.settings["step"] for run in runs} == {8, 15, 30, 60}
     assert {run.settings["step"] for run in woken} == {60}
+    arms = study.arms_grid()
+    assert {(name, run.settings["step"]) for name, run in arms if run.settings["step"] != 60} == {
+        ("resuscitate p=0.5 q=2", 30)
+    }
     assert all(set(run.inputs) == {"corpus", "pretrain", "entropy"} for run in woken)
     assert len(study.measure_runs()) == 3 * 2 * 9  # entropies of two models, knowledge of one
 
@@ -455,7 +462,7 @@ def test_controls_curves_and_variants(entropy, tmp_path):
     places = 2 * 2  # seeds, stages
     assert names["protocol"] == places * 2 * (2 + 1)  # rates, CL seeds and one control
     assert names.drop("protocol").to_dict() == dict.fromkeys(
-        ("batch x 2", "2 epochs", "general text"), places
+        ("batch x 2", "2 epochs", "general text", "early stages"), places
     )
     for name, run in grid:
         s = run.settings
@@ -475,7 +482,7 @@ def test_what_an_intervention_does_alone_is_measured_once(entropy, tmp_path):
     study = Study(load_profile("smoke"), tmp_path)
     alone = study.intervene_runs()
     assert (
-        len({run.digest for run in alone}) == len(alone) == (4 + 4) * 2
+        len({run.digest for run in alone}) == len(alone) == (4 + 6) * 2
     )  # q and arms, seeds; not CL seeds, rates
     assert all(set(run.inputs) == {"corpus", "pretrain", "entropy"} for run in alone)
 
