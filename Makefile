@@ -84,7 +84,7 @@ $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
 $(PARAMS): | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 
-study: ## five pretraining seeds, needed for verdicts (profile study, some two hours)
+study: ## five pretraining seeds, needed for verdicts (profile study, two to four hours)
 	@$(MAKE) --no-print-directory figures PROFILE=study
 
 data: | $(READY) ## fetch and verify the text of a profile, nothing else
