@@ -18,7 +18,7 @@ regimes:
   b:
     seeds: [1, 9]
     continual: true
-    overrides: {pretraining.steps: 80, model.hidden_size: 16}
+    overrides: {pretraining.steps: 80, model.hidden_size: 16, branches: null}
 """
 
 
