@@ -155,6 +155,12 @@ def _entropy(arguments: argparse.Namespace) -> None:
     run({name: value for name, value in vars(arguments).items() if name != "do"})
 
 
+def _audit(arguments: argparse.Namespace) -> None:
+    from kelib.audit import run
+
+    run(arguments.model, arguments.lock, arguments.folder)
+
+
 def _add_entropy(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``entropy``, named as :func:`kelib.command.run` takes them."""
     add = parser.add_argument
@@ -203,6 +209,11 @@ def main(arguments: list[str] | None = None) -> int:
     one = commands.add_parser("entropy", help="measure a model of your own over a text")
     _add_entropy(one)
     one.set_defaults(do=_entropy)
+    one = commands.add_parser("audit", help="are the published checkpoints of a model sound?")
+    one.add_argument("model", nargs="?", help="of data/catalogue.yaml, or owner/name on the hub")
+    one.add_argument("--lock", type=Path, metavar="FILE", help="another lock of revisions")
+    one.add_argument("--folder", type=Path, metavar="DIR", help="another place for the table")
+    one.set_defaults(do=_audit)
     chosen = parser.parse_args(arguments)
     try:
         chosen.do(chosen)
