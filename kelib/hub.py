@@ -130,8 +130,8 @@ def cache_folder(repo: str) -> str:
 def how_to_bring(repo: str) -> str:
     """The remedy where there is no network."""
     return (
-        f"where there is one, run 'python -m kelib audit {repo}' and, for each commit in use, 'hf "
-        f"download {repo} --revision COMMIT'; then bring data/revisions.lock.yaml, data/"
+        f"where there is a network, run 'python -m kelib audit {repo}' and, for each commit in use, "
+        f"'hf download {repo} --revision COMMIT'; then bring data/revisions.lock.yaml, data/"
         f"measurements/audit and the folder {cache_folder(repo)} of the hub's cache"
     )
 
@@ -226,8 +226,8 @@ def _refusal(
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return Unreachable(
-            f"HF_HUB_OFFLINE forbids to ask the model hub about {repo}; unset it where there is a "
-            f"network; {how_to_bring(repo)}"
+            f"HF_HUB_OFFLINE forbids to ask the model hub about {repo}; unset it, or, "
+            f"{how_to_bring(repo)}"
         )
     return Unreachable(
         f"the model hub cannot be reached about {repo} ({_reason(error)}), so there is no network "

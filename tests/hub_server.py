@@ -61,7 +61,7 @@ class Hub:
     """``with Hub() as hub``: a server at ``hub.address``.
 
     ``put`` makes or moves a branch. ``gated`` and ``busy`` say which repositories ask for a token
-    and how many requests are answered 429 first. ``asked`` are the requests so far, as
+    (any but hf_expired) and how many requests are answered 429 first. ``asked`` are the requests so far, as
     (method, path, range header), and ``tokens`` the tokens that came with them.
     """
 
@@ -121,6 +121,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         repo = (api or resolve)[1]
         if repo not in self.hub.branches:
             return self._error(404, "RepoNotFound")
+        if self.headers.get("authorization") == "Bearer hf_expired":
+            told = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            return self._error(401, "", told)
         if repo in self.hub.gated and self.headers.get("authorization") is None:
             return self._error(401, "GatedRepo")
         if resolve is not None:

@@ -349,6 +349,14 @@ def test_a_gated_repository_says_how_to_get_a_token(
     assert "hf_very_secret" not in note + there.lock.read_text()
 
 
+def test_a_token_that_expired_is_not_shown(
+    there: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    said = refused(there, REPO)
+    assert "does not take the token in use" in said and "hf_expired" not in said
+
+
 def test_reasons_show_neither_tokens_nor_addresses() -> None:
     error = OSError("GET https://me:pw@hub.example/x?token=1 with hf_abcDEF failed")
     assert asking._reason(error) == "GET <address> with <token> failed"
