@@ -130,8 +130,8 @@ def cache_folder(repo: str) -> str:
 def how_to_bring(repo: str) -> str:
     """The remedy where there is no network."""
     return (
-        f"where there is a network, run 'python -m kelib audit {repo}' and, for each commit in use, "
-        f"'hf download {repo} --revision COMMIT'; then bring data/revisions.lock.yaml, data/"
+        f"where there is a network, run 'python -m kelib audit {repo}' and, for each commit in "
+        f"use, 'hf download {repo} --revision COMMIT'; then bring data/revisions.lock.yaml, data/"
         f"measurements/audit and the folder {cache_folder(repo)} of the hub's cache"
     )
 

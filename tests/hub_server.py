@@ -61,8 +61,8 @@ class Hub:
     """``with Hub() as hub``: a server at ``hub.address``.
 
     ``put`` makes or moves a branch. ``gated`` and ``busy`` say which repositories ask for a token
-    (any but hf_expired) and how many requests are answered 429 first. ``asked`` are the requests so far, as
-    (method, path, range header), and ``tokens`` the tokens that came with them.
+    (any but hf_expired) and how many requests are answered 429 first. ``asked`` are the requests so
+    far, as (method, path, range header), and ``tokens`` the tokens that came with them.
     """
 
     def __init__(self) -> None:
