@@ -81,6 +81,15 @@ def reactivation_table(study: Study, runs: Iterable[Run], entropy: pd.DataFrame)
     return pd.concat(parts, ignore_index=True)
 
 
+def over_layers(shares: pd.DataFrame) -> pd.DataFrame:
+    """Tables of :func:`kelib.attribution.share_table` with batches, without their layers: value is
+    the mean over layers, total the sum; rows in the order of their first layer.
+    """
+    keys = ["batch", "quantity", "part", "ranked_by", "share"]
+    pooled = shares.groupby(keys, sort=False).agg(value=("value", "mean"), total=("total", "sum"))
+    return pooled.reset_index()
+
+
 def _head(study: Study, run: Run, entropy: pd.DataFrame) -> dict[str, Any]:
     settings, learned = run.settings, run.inputs["continual"].settings
     stages = study.stages(entropy, settings["seed"])

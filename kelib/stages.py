@@ -22,7 +22,7 @@ from kelib.beyond import (
     reactivation_runs,
     retention_runs,
 )
-from kelib.beyond_tables import reactivation_table, retention_table
+from kelib.beyond_tables import over_layers, reactivation_table, retention_table
 from kelib.branch_tables import branch_entropy_table, branch_learning_table, branch_table
 from kelib.config import PROTOCOL, load_profile, repository_root
 from kelib.errors import KelibError
@@ -167,6 +167,8 @@ def mechanism(study: Study) -> dict[str, pd.DataFrame]:
         head["learning_rate"] = s["learning_rate"]
         for name, of_name in parts.items():
             rows = run.read_table(f"{name}.csv")
+            if name == "shares":  # by layer it would be the largest table by far
+                rows = over_layers(rows)
             of_name.append(rows.assign(**head)[[*head, *rows.columns]])
     return {
         name: _write(study, name, pd.concat(of_name, ignore_index=True), ["entropy"], runs)

@@ -116,49 +116,22 @@ def model_of():
 
 @pytest.fixture(scope="session")
 def short_study(tmp_path_factory):
-    """Stages 1 and 2 of a study of one seed and ten steps of continual learning, and ``do(runs)``,
-    which does runs in this process: starting others would take longer than all they do.
+    """Stages 1 and 2 of a study of one seed and ten steps of continual learning, for what comes
+    after it.
     """
-    from types import SimpleNamespace
+    from short import measured_study
 
-    from kelib import corpus, stages
-    from kelib.config import load_profile
-    from kelib.runs import perform, with_inputs
-    from kelib.study import Study
-
-    shorter = {
-        "seeds": [100],
-        "workers": 1,
-        "comparison": None,
-        "pretraining.steps": 20,
-        "pretraining.checkpoints": [1, 10],
-        "pretraining.optimizer_states": [],
-        "branches": None,
-        "continual.steps": 10,
-        "continual.seeds": [0],
-        "continual.variants": [],
-        "continual.control_seeds": [],
+    changes = {
         "interventions.ratios": [0.25, 0.5],
         "interventions.factors": [2.0],
         "interventions.arms": [],
-        "mechanism": None,
         "retention.learning_rates": [6.0e-3, 1.0e-3],
         "reactivation.draws": 2,
+        "continual.control_seeds": [],
+        "mechanism": None,
+        "branches": None,
     }
-    study = Study(load_profile("smoke", shorter), tmp_path_factory.mktemp("short-study"))
-    with pytest.MonkeyPatch.context() as patch:  # less text, so that this is done in a second
-        patch.setattr(corpus, "GENERATED_DOCUMENTS", 1500)
-        patch.setattr(corpus, "TOKENIZER_CHARACTERS", 100_000)
-        perform(study.corpus_run(100))
-
-    def do(runs):
-        for level in with_inputs(runs):
-            for run in level:
-                perform(run)
-
-    do([*study.measure_runs(), *study.entities_runs()])
-    stages.until(study, 2)
-    return SimpleNamespace(study=study, do=do, entropy=stages.table(study, "entropy"))
+    return measured_study(tmp_path_factory.mktemp("short-study"), changes)
 
 
 @pytest.fixture

@@ -10,32 +10,25 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from short import SHORT, do, measured_study
 
-from kelib import branches, corpus, stages
+from kelib import branches, stages
 from kelib.beyond import branch_grid, branch_run, branch_runs, steps_of
 from kelib.branches import branch_schedule
 from kelib.checkpoints import load_checkpoint, read_note, step_folder
 from kelib.config import Branch, Optimizer, Pretraining, load_profile
 from kelib.errors import KelibError
-from kelib.runs import perform, with_inputs
 from kelib.study import Study
 from kelib.training import learning_rate_at
 
 SEED, START, STEPS = 100, 10, 20
 ANNEALED, NO_DECAY = "annealed", "no decay"
-TINY = {
-    "seeds": [SEED],
-    "workers": 1,
-    "comparison": None,
+CHANGES = {
     "mechanism": None,
-    "pretraining.steps": STEPS,
     "pretraining.checkpoints": [START, 15],
     "pretraining.optimizer_states": [START, STEPS],
-    "continual.steps": 10,
     "continual.stages": [0.5, 0.75, 1.0],
-    "continual.seeds": [0],
     "continual.learning_rates": [6.0e-3],
-    "continual.variants": [],
     "branches.branches": [
         {"name": ANNEALED, "start": 0.5, "steps": 7, "annealed": True},
         {"name": NO_DECAY, "start": 0.5, "weight_decay": 0.0},
@@ -48,25 +41,13 @@ class Finished:
     """Stages 1, 2 and 7 of one seed."""
 
     def __init__(self, data):
-        self.study = Study(load_profile("smoke", TINY), data)
-        with pytest.MonkeyPatch.context() as patch:  # less text, so that this is done in a second
-            patch.setattr(corpus, "GENERATED_DOCUMENTS", 1500)
-            patch.setattr(corpus, "TOKENIZER_CHARACTERS", 100_000)
-            perform(self.study.corpus_run(SEED))
-        self.do([*self.study.measure_runs(), *self.study.entities_runs()])
-        stages.until(self.study, 2)
+        self.study = measured_study(data, CHANGES).study
         self.runs = {branch.name: run for branch, run in branch_runs(self.study)}
-        self.do([run for _, run in branch_grid(self.study)])
+        do([run for _, run in branch_grid(self.study)])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Study, "run", lambda study, runs, title: self.do(runs))
+            patch.setattr(Study, "run", lambda study, runs, title: do(runs))
             self.tables = stages.branches(self.study)
         self.trunk = self.study.pretrain_run(SEED)
-
-    def do(self, runs):
-        """In this process: starting others would take longer than all they do."""
-        for level in with_inputs(runs):
-            for run in level:
-                perform(run)
 
     def inputs(self):
         return {"corpus": self.study.corpus_run(SEED).folder, "pretrain": self.trunk.folder}
@@ -242,13 +223,13 @@ def test_impossible_branches(key, value, message):
     of_section = {"learning_rates": [6.0e-3], "branches": [one]}
     (of_section if key in of_section else one)[key] = value
     with pytest.raises(KelibError, match=re.escape(message)):
-        load_profile("smoke", {**TINY, "branches": of_section})
+        load_profile("smoke", {**SHORT, **CHANGES, "branches": of_section})
 
 
 def test_names_of_branches_differ():
     two = [{"name": "a", "start": 0.5, "weight_decay": decay} for decay in (0.0, 3.0)]
     with pytest.raises(KelibError, match=r"branches.branches = \['a', 'a'\] must be a list of dis"):
-        load_profile("smoke", {**TINY, "branches.branches": two})
+        load_profile("smoke", {**SHORT, **CHANGES, "branches.branches": two})
 
 
 def test_a_branch_begins_at_the_nearest_step_that_kept_moments():

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from short import do
 
 from kelib import jobs, reactivation, stages
 from kelib.beyond import reactivation_runs
@@ -30,7 +31,7 @@ KEYS = ["seed", "stage_step", "stage_label", "learning_rate", "cl_seed", "interv
 @pytest.fixture(scope="module")
 def runs(short_study):
     found = reactivation_runs(short_study.study)
-    short_study.do(found)
+    do(found)
     return found
 
 

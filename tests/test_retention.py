@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from short import do
 
 from kelib import jobs, retention, stages
 from kelib.beyond import retention_runs
@@ -24,7 +25,7 @@ RATES = (6e-3, 1e-3)
 @pytest.fixture(scope="module")
 def runs(short_study):
     found = retention_runs(short_study.study, short_study.entropy)
-    short_study.do(found)
+    do(found)
     return found
 
 
