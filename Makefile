@@ -26,7 +26,7 @@ AFTER_4 := fig05_resuscitation tab00_claims ours_correlations $(if $(call has,ar
 	fig16_resuscitation_stages fig18_attention_temperature)
 AFTER_6 := $(if $(call has,mechanism),ours_gradient_shares ours_memory_sources ours_sensitivity) \
 	$(if $(call has,retention),ours_retention) $(if $(call has,reactivation),ours_reactivation)
-AFTER_7 := $(if $(call has,branches),ours_annealing)
+AFTER_7 := $(if $(call has,branches),ours_annealing ours_weight_decay)
 LATE := $(if $(strip $(AFTER_6)),$(OUT)/6_mechanism.ipynb) $(if $(AFTER_7),$(OUT)/7_branches.ipynb)
 FIGURES := $(AFTER_2) $(AFTER_3) $(AFTER_4) $(AFTER_6) $(AFTER_7) ours_contrasts
 # two families are compared before any continual learning

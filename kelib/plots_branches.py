@@ -147,6 +147,28 @@ def slopes(table: pd.DataFrame, value: str, x: str = "entropy_pt") -> pd.DataFra
     return pd.DataFrame(rows, columns=[*by[:2], "n", "slope"])
 
 
+def at_matched_loss(
+    runs: pd.DataFrame, stages: pd.DataFrame, value: str, loss: str = "loss_general_pt"
+) -> pd.DataFrame:
+    """``value`` of every arm minus that of the trunk where its loss was the same.
+
+    ``runs`` has a row for each arm, seed and CL rate, ``stages`` one for each stage of the trunk
+    (CL seeds are averaged before). Between stages the trunk is taken to be linear in ``loss``, the
+    loss before continual learning (nats per token). Columns learning_rate, arm, seed, loss and
+    difference; NaN where no two stages have the loss of an arm between them.
+    """
+    by = ["learning_rate", "seed"]
+    trunk = stages.groupby([*by, "stage_step"])[[loss, value]].mean().reset_index()
+    curves = {key: part.sort_values(loss) for key, part in trunk.groupby(by)}
+    means = runs.groupby([*by, "arm"], sort=False)[[loss, value]].mean().reset_index()
+    rows = []
+    for row in means.to_dict("records"):
+        curve = curves[(row["learning_rate"], row["seed"])]
+        there = np.interp(row[loss], curve[loss], curve[value], left=np.nan, right=np.nan)
+        rows.append((*(row[name] for name in (*by, "arm", loss)), row[value] - there))
+    return pd.DataFrame(rows, columns=[*by, "arm", "loss", "difference"])
+
+
 def _counterparts(continual: pd.DataFrame, learned: pd.DataFrame) -> pd.DataFrame:
     """Runs from the trunk with the rates and CL seeds that runs from its branches have."""
     runs = continual[continual["injected"].astype(bool)]

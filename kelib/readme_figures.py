@@ -38,6 +38,7 @@ FIGURES = {
     "ours_interventions": ("ours", "no controls reported"),
     "ours_confounds": ("ours", "not reported"),
     "ours_annealing": ("ours", "not reported"),
+    "ours_weight_decay": ("ours", "not reported"),
     "ours_memory_sources": ("ours", "not reported"),
     "ours_sensitivity": ("ours", "not reported"),
     "ours_retention": ("ours", "not reported"),
@@ -91,7 +92,7 @@ _ARMS = (
     "ours_interventions",
 )
 _MECHANISM = ("ours_gradient_shares", "ours_memory_sources", "ours_sensitivity")
-_BRANCHES = ("ours_annealing",)
+_BRANCHES = ("ours_annealing", "ours_weight_decay")
 _STAGES = {
     **{name: ("pretraining", "entropies", "checkpoints") for name in FIGURES},
     **{name: ("continual",) for name in _CONTINUAL},
@@ -283,6 +284,10 @@ _CONTRASTS = {  # figure -> the contrasts that say most about it, with words for
     "fig15_ratio": {"most_ratio_knowledge": "K_CL, p = 90 % minus 50 %"},
     "fig18_attention_temperature": {"temperature_knowledge": "K_CL, T = 1.5 minus q = 1"},
     "ours_annealing": {"annealed_gain": "K gain, end of pretraining minus annealed from 25 %"},
+    "ours_weight_decay": {
+        "decay_entropy": "entropy, weight decay 3 minus 0",
+        "decay_gain": "K gain",
+    },
     "ours_confounds": {"own_moments_gain": "K gain last minus first stage, own moments"},
 }
 _IN_THE_NOTEBOOK = {

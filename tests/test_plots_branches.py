@@ -133,6 +133,31 @@ def test_slopes_are_those_of_least_squares():
     assert plots_branches.slopes(over_stages, "k_gain")["slope"].iloc[0] == found.loc[0, "slope"]
 
 
+def test_at_matched_loss_lies_on_the_line_between_two_stages():
+    stages = pd.DataFrame(
+        {
+            "learning_rate": RATE,
+            "seed": 0,
+            "cl_seed": 0,
+            "stage_step": [10, 20, 30],
+            "loss_general_pt": [3.0, 2.0, 1.0],
+            "k_gain": [0.5, 0.7, 1.5],
+        }
+    )
+    arms = {"trunk": (1.0, 1.5), "between": (1.25, 1.0), "lower": (0.9, 1.0)}
+    runs = pd.DataFrame(
+        [
+            {"learning_rate": RATE, "seed": 0, "arm": arm, "loss_general_pt": x, "k_gain": y}
+            for arm, (x, y) in arms.items()
+        ]
+    )
+    found = plots_branches.at_matched_loss(runs, stages, "k_gain").set_index("arm")["difference"]
+    assert found["trunk"] == 0 and found["between"] == pytest.approx(
+        1.0 - (0.75 * 1.5 + 0.25 * 0.7)
+    )
+    assert np.isnan(found["lower"])  # never reached by the trunk
+
+
 def test_means_in_words():
     table = pd.DataFrame({"seed": [0, 1], "a": [0.01, 0.03]})
     words = plots_branches.mean_words(table, "a", "points", 1, 100)
