@@ -46,12 +46,11 @@ def _published(name: str) -> Any:
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from kelib import sources
+    from kelib import hub_sources, sources
     from kelib.config import load_profile, repository_root
+    from kelib.runs import execute
 
     if (published := _published(arguments.profile)) is not None:
-        from kelib.runs import execute
-
         names = published.profile.data
         execute([published.model_run()], 1, "model")
     else:
@@ -62,6 +61,11 @@ def _data(arguments: argparse.Namespace) -> None:
         if name in known:
             for path in sources.fetch(known[name], repository_root() / "data" / "sources"):
                 print(f"{name}: {path.relative_to(repository_root())}")
+    texts = hub_sources.text_runs(names, repository_root() / "data")
+    if texts:
+        execute(texts.values(), 1, "text of the hub")
+        for name, run in texts.items():
+            print(f"{name}: {run.folder.relative_to(repository_root())}")
 
 
 def _status(arguments: argparse.Namespace) -> None:

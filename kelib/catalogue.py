@@ -136,7 +136,7 @@ def pin(name: str, lock: Path | None = None) -> tuple[list[Revision], dict[str, 
         raise KelibError(f"{model.repo} has no revisions on the model hub; give another model")
     revisions = ordered(model.repo, {**listed, **pinned})
     if listed.keys() - pinned.keys():
-        content = _read_lock(lock) | {
+        content = read_lock(lock) | {
             model.name: {
                 "repo": model.repo,
                 "listed": datetime.date.today().isoformat(),
@@ -156,7 +156,7 @@ def pin(name: str, lock: Path | None = None) -> tuple[list[Revision], dict[str, 
 
 def _pinned(model: CatalogueModel, lock: Path) -> dict[str, str]:
     """Commits by name that the lock file has of a model, none if it has not the model."""
-    entry = _read_lock(lock).get(model.name)
+    entry = read_lock(lock).get(model.name)
     if entry is None:
         return {}
     if entry["repo"] != model.repo:
@@ -167,7 +167,8 @@ def _pinned(model: CatalogueModel, lock: Path) -> dict[str, str]:
     return dict(entry["revisions"])
 
 
-def _read_lock(lock: Path) -> dict[str, Any]:
+def read_lock(lock: Path) -> dict[str, Any]:
+    """A lock file by name: repo, date of listing, commits by revision. Raises KelibError."""
     content = read_yaml(lock) if lock.exists() else {}
     content = {} if content is None else content
     if not isinstance(content, dict):

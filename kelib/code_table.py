@@ -34,6 +34,8 @@ CODE = {
         *("jobs:corpus", "sources", "parsing", "corpus", "packing"),
         *("world", "entries", "dice", "wordings"),
     ),
+    "hub_text": ("jobs:hub_text", "hub_text", "parsing"),
+    "packed_text": ("jobs:packed_text", "packed_text", "hub_text", "parsing", "pretrained"),
     "pretrain": ("jobs:pretrain", "training", "checkpoints"),
     "entropy": ("jobs:entropy", "convergence", "panel", *_ENTROPY),
     "evaluate": ("jobs:evaluate", *_EVALUATION),

@@ -1,13 +1,14 @@
 """The entropy of one model over one text, for people who only want the number for their own model.
 
 ``python -m kelib entropy MODEL --text TEXT`` measures a causal language model, from a local folder
-or from the model hub, and prints a table by layer. MODEL is a folder that ``save_pretrained``
-wrote (config, safetensors, tokenizer) or the id of a model; only safetensors are opened, and no
-code that comes with a model is run. TEXT is a ``.txt`` or ``.jsonl`` file, a folder of those, or
-the name of a source of ``data/sources.yaml``, which is fetched. Documents are tokenised with the
-model's own tokenizer, without its start token, each followed by its end-of-text token, joined in
-the order of the text and cut into sequences of one length: the first N of them are measured, so
-shuffle a sorted text before. A GPU is used if there is one.
+or from the model hub, and prints a table by layer. MODEL is a folder that ``save_pretrained`` wrote
+(config, safetensors, tokenizer) or the id of a model; only safetensors are opened, and no code that
+comes with a model is run. TEXT is a ``.txt`` or ``.jsonl`` file, a folder of those, or the name of
+a source of ``data/sources.yaml``, which is fetched, or ``hub:NAME``, a row of
+``data/hub_sources.yaml``. Documents are tokenised with the model's own tokenizer, without its start
+token, each followed by its end-of-text token, joined in the order of the text and cut into
+sequences of one length: the first N of them are measured, so shuffle a sorted text before. A GPU is
+used if there is one.
 
     python -m kelib entropy runs/mine/step0001000 --text notes.txt
     python -m kelib entropy EleutherAI/pythia-70m --text wikipedia --uncertainty --json out.json
@@ -34,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import kelib
-from kelib import sources
+from kelib import hub_sources, sources
 from kelib.accumulation import DEFINITIONS
 from kelib.config import repository_root
 from kelib.entropy import measure_entropy
@@ -193,9 +194,12 @@ def _read(
 
 
 def read_documents(text: str) -> list[str]:
-    """Documents of a file or folder, else of a source of ``data/sources.yaml``, fetched first."""
+    """Documents of a file or folder, else of a source of ``data/sources.yaml``, fetched first, or
+    of a hub source, ``hub:NAME``."""
     if Path(text).exists():
         return sources.local_documents(Path(text))
+    if text.startswith(hub_sources.PREFIX):
+        return hub_sources.read_documents(text, repository_root() / "data")
     known = sources.manifest() if sources.MANIFEST.exists() else {}
     if text not in known:
         raise KelibError(

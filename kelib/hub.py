@@ -23,6 +23,13 @@ Answer = TypeVar("Answer")
 ATTEMPTS = 6
 LONGEST_WAIT = 300.0  # seconds: the hub counts requests over five minutes
 BUSY = (429, 500, 502, 503, 504)  # HTTP states that pass
+# what refusals call a kind of repository, the list of known ones, and the way to another commit
+_CALLED = {"model": "model", "dataset": "data set"}
+_LISTED = {"model": "the catalogue", "dataset": "data/hub_sources.yaml"}
+_PINNED = {
+    "model": "lock of revisions and run the audit again",
+    "dataset": "lock of hub sources, data/hub_sources.lock.yaml, and read it again",
+}
 
 
 class Unreachable(KelibError):
@@ -50,14 +57,19 @@ class Header:
     parameters: dict[str, int]
 
 
-def list_refs(repo: str, known: Iterable[str] = ()) -> dict[str, str]:
+def list_refs(
+    repo: str, known: Iterable[str] = (), kind: str = "model", bring: str | None = None
+) -> dict[str, str]:
     """Commits of the branches and tags of a repository, by name.
 
     Raises KelibError; if there is no such repository, with the nearest of those ``known``.
     """
     from huggingface_hub import HfApi
 
-    refs = ask(lambda: HfApi().list_repo_refs(repo), repo, known=known)
+    def call() -> Any:
+        return HfApi().list_repo_refs(repo, repo_type=kind)
+
+    refs = ask(call, repo, known=known, kind=kind, bring=bring)
     return {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
 
 
@@ -137,12 +149,18 @@ def how_to_bring(repo: str) -> str:
 
 
 def ask(
-    call: Callable[[], Answer], repo: str, revision: str | None = None, known: Iterable[str] = ()
+    call: Callable[[], Answer],
+    repo: str,
+    revision: str | None = None,
+    known: Iterable[str] = (),
+    kind: str = "model",
+    bring: str | None = None,
 ) -> Answer:
     """``call()``, which asks the hub about ``repo``; again, after a wait, while the hub is busy.
 
-    Raises KelibError that says what is wrong and what to do; :class:`Unreachable` if it is the way
-    to the hub.
+    ``kind``: model or dataset. ``bring``: what to do without a network, by default
+    :func:`how_to_bring`. Raises KelibError that says what is wrong and what to do;
+    :class:`Unreachable` if it is the way to the hub.
     """
     from huggingface_hub.errors import HTTPError
 
@@ -154,7 +172,9 @@ def ask(
             response: Any = getattr(error, "response", None)
             attempt += 1
             if getattr(response, "status_code", None) not in BUSY or attempt == ATTEMPTS:
-                raise _refusal(repo, revision, known, error) from error
+                raise _refusal(
+                    repo, revision, known, error, kind, bring or how_to_bring(repo)
+                ) from error
             time.sleep(_pause(response.headers, attempt))
 
 
@@ -184,7 +204,12 @@ def _pause(headers: Mapping[str, str], attempt: int) -> float:
 
 
 def _refusal(
-    repo: str, revision: str | None, known: Iterable[str], error: BaseException
+    repo: str,
+    revision: str | None,
+    known: Iterable[str],
+    error: BaseException,
+    kind: str,
+    bring: str,
 ) -> KelibError:
     from huggingface_hub import errors
 
@@ -199,15 +224,15 @@ def _refusal(
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         near = difflib.get_close_matches(repo, list(known))
-        nearest = f" (the nearest of the catalogue are {listing(near)})" if near else ""
+        nearest = f" (the nearest of {_LISTED[kind]} are {listing(near)})" if near else ""
         return KelibError(
-            f"there is no public model {repo} on the model hub{nearest}; correct the name, or log "
-            "in with 'hf auth login' if it is private"
+            f"there is no public {_CALLED[kind]} {repo} on the model hub{nearest}; correct the "
+            "name, or log in with 'hf auth login' if it is private"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return KelibError(
             f"{repo} has no revision {revision} on the model hub any more; delete its entry in the "
-            "lock of revisions and run the audit again"
+            f"{_PINNED[kind]}"
         )
     if status == 401:
         return KelibError(
@@ -216,26 +241,25 @@ def _refusal(
         )
     if status is not None:
         return KelibError(
-            f"the model hub answers {status} about {repo}: {_reason(error)}; try again later, and "
+            f"the model hub answers {status} about {repo}: {reason(error)}; try again later, and "
             "if HF_ENDPOINT is set check that it is a hub"
         )
     if isinstance(error, ValueError):
         return KelibError(
-            f"what answers in place of the model hub about {repo} is none ({_reason(error)}); "
+            f"what answers in place of the model hub about {repo} is none ({reason(error)}); "
             "check HF_ENDPOINT, and whether the network wants a log-in first"
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return Unreachable(
-            f"HF_HUB_OFFLINE forbids to ask the model hub about {repo}; unset it, or, "
-            f"{how_to_bring(repo)}"
+            f"HF_HUB_OFFLINE forbids to ask the model hub about {repo}; unset it, or, {bring}"
         )
     return Unreachable(
-        f"the model hub cannot be reached about {repo} ({_reason(error)}), so there is no network "
-        f"or HF_ENDPOINT is wrong; {how_to_bring(repo)}"
+        f"the model hub cannot be reached about {repo} ({reason(error)}), so there is no network "
+        f"or HF_ENDPOINT is wrong; {bring}"
     )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong in one line, without addresses and tokens."""
     line = one_line(error) if isinstance(error, Exception) else type(error).__name__
     line = re.sub(r"['\"]?[\w+.-]+://\S+", "<address>", line)

@@ -48,6 +48,20 @@ def corpus(settings: Settings, inputs: Inputs, folder: Path, progress: Progress)
     build_corpus(choice, settings["seed"], dict(settings["wanted"]), fetched, folder)
 
 
+def hub_text(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Read documents of a data set of the hub and keep them."""
+    from kelib.hub_text import keep_documents
+
+    keep_documents(settings, folder, progress)
+
+
+def packed_text(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Pack a text of the hub with a model's own tokenizer."""
+    from kelib.packed_text import pack_hub_text
+
+    pack_hub_text(settings, inputs["text"], folder, progress)
+
+
 def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
     """Pretrain from scratch; writes ``stepNNNNNNN`` checkpoints and ``losses.json`` (nats per
     token).

@@ -23,6 +23,7 @@ import pandas as pd
 from kelib import archives
 from kelib.config import repository_root
 from kelib.errors import KelibError, listing
+from kelib.hub_sources import text_runs
 from kelib.jackknife import BLOCKS
 from kelib.results import Tables, open_tables
 from kelib.runs import Run, execute
@@ -52,7 +53,7 @@ class PublishedProfile:
     workers: int  # local processes, one thread each
     seed: int  # of the order of documents and the choice of sequences
     model: PublishedModel
-    data: tuple[str, ...]  # sources as in a study: names, generated:NAME, files or folders
+    data: tuple[str, ...]  # sources as in a study: names, hub:NAME, generated:NAME, files, folders
     sequences: int  # |D| of each text
     sequence_length: int  # tokens
     batch_size: int  # sequences
@@ -161,7 +162,8 @@ class PublishedStudy:
         settings = {k: v for k, v in self.profile.parameters.items() if k not in _NOT_OF_A_RUN}
         settings |= {"data": name, "separator": self.profile.model.separator}
         home, sources = self.measurements / "published", {"sources": self.data / "sources"}
-        return Run("published", home, settings, {"model": self.model_run()}, sources)
+        made = {"model": self.model_run(), **text_runs([name], self.data)}
+        return Run("published", home, settings, made, sources)
 
     def runs(self) -> list[Run]:
         return [self.measure_run(name) for name in self.profile.data]

@@ -149,8 +149,9 @@ def perform(run: Run) -> float:
 
     Raises KelibError if another process is writing it, or its folder cannot be written.
     """
-    # imports torch, which the process that only hands out runs does not need
+    # jobs imports torch, which the process that only hands out runs does not need
     from kelib import jobs
+    from kelib.hub_sources import with_paths
 
     if run.done:
         return 0.0
@@ -166,7 +167,8 @@ def perform(run: Run) -> float:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             inputs = {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
             work = getattr(jobs, run.kind)
-            work({**run.settings}, inputs, run.partial, _reporter(run.partial))
+            settings = with_paths({**run.settings}, inputs)
+            work(settings, inputs, run.partial, _reporter(run.partial))
             seconds = time.perf_counter() - start
             note = {
                 "kind": run.kind,

@@ -15,6 +15,7 @@ import pandas as pd
 
 from kelib.config import PROTOCOL, TEXTS, Profile, Variant, digest
 from kelib.errors import KelibError, listing
+from kelib.hub_sources import text_runs
 from kelib.runs import Run, execute
 
 
@@ -46,7 +47,8 @@ class Study:
         }
         settings = {"corpus": _plain(p.corpus), "seed": seed, "wanted": wanted}
         sources = {"sources": self.data / "sources"}
-        return Run("corpus", self._home("corpus"), settings, files=sources)
+        texts = text_runs((*p.corpus.general, *p.corpus.domain), self.data)
+        return Run("corpus", self._home("corpus"), settings, texts, sources)
 
     @property
     def models(self) -> list[str]:

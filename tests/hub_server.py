@@ -1,8 +1,8 @@
 """A model hub on this machine, for tests: the real client is pointed at it and asks over HTTP.
 
-It answers what huggingface_hub asks for listing, metadata and files (refs, revision, tree, resolve)
-with the headers and error codes of the hub, from files that a test puts there. Weights are "large
-files", known by sha256; others by git blob id. Nothing is ever written to disk.
+It answers what huggingface_hub and datasets ask for listing, metadata and files (refs, revision,
+tree, resolve) with the headers and error codes of the hub, from files that a test puts there.
+Weights are "large files", known by sha256; others by git blob id. Nothing is ever written to disk.
 """
 
 from __future__ import annotations
@@ -114,8 +114,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         if self.hub.busy > 0:
             self.hub.busy -= 1
             return self._error(429, "", {"ratelimit": '"api";r=0;t=0'})
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(refs|revision|tree)(/.*)?)?", path)
-        resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        asks = "refs|revision|tree|auth-check"
+        api = re.fullmatch(rf"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/({asks})(/.*)?)?", path)
+        resolve = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if api is None and resolve is None:
             return self._error(404, "")
         repo = (api or resolve)[1]
@@ -130,6 +131,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             return self._file(repo, unquote(resolve[2]), unquote(resolve[3]))
         if api[2] == "refs":
             return self._json(self._refs(repo))
+        if api[2] == "auth-check":
+            return self._json({})
         revision, _, folder = (api[3] or "/main")[1:].partition("/")
         commit = self._commit(repo, unquote(revision))
         if commit is None:
@@ -139,7 +142,10 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             inside = [n for n in sorted(files) if not folder or n.startswith(f"{unquote(folder)}/")]
             if folder and not inside:
                 return self._error(404, "EntryNotFound", {"X-Repo-Commit": commit})
-            return self._json([self._described(n, files[n], "path", "oid") for n in inside])
+            told = [self._described(n, files[n], "path", "oid") for n in inside]
+            if path.startswith("/api/datasets/"):
+                told = self._level(told, unquote(folder), query.get("recursive") == ["True"])
+            return self._json(told)
         siblings = [{"rfilename": name} for name in sorted(files)]
         if "blobs" in query:
             siblings = [self._described(n, files[n], "rfilename", "blobId") for n in sorted(files)]
@@ -157,6 +163,18 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             for name, commit in self.hub.branches[repo].items()
         ]
         return {"branches": branches, "converts": [], "tags": []}
+
+    def _level(
+        self, files: list[dict[str, object]], folder: str, recursive: bool
+    ) -> list[dict[str, object]]:
+        """What of a tree is asked for: with its folders, and unless recursive what is in one."""
+        depth = len(PurePosixPath(folder).parts)
+        parents = [p for file in files for p in PurePosixPath(str(file["path"])).parents]
+        folders = sorted({str(p) for p in parents if len(p.parts) > depth})
+        found = [{"type": "directory", "path": p, "oid": git_blob(p.encode())} for p in folders]
+        every = [*found, *files]
+        kept = [f for f in every if len(PurePosixPath(str(f["path"])).parts) == depth + 1]
+        return every if recursive else kept
 
     def _described(self, name: str, content: bytes, called: str, blob: str) -> dict[str, object]:
         told: dict[str, object] = {"type": "file", called: name, "size": len(content)}

@@ -18,9 +18,12 @@ from kelib.runs import Run
 from kelib.study import Study
 
 KELIB = Path(__file__).parents[1] / "kelib"
-# Settings are in the digest as values, errors change no number; of the other two, which also hold
-# what no run rests on, the table names single functions.
-LEFT_OUT = {"arms", "config", "errors", "jobs", "metrics", "schema", "sections"}
+# Settings are in the digest as values; errors, and how the hub is asked for a commit, change no
+# number; of the other two, which also hold what no run rests on, the table names single functions.
+LEFT_OUT = {"arms", "config", "errors", "hub", "jobs", "metrics", "schema", "sections"}
+# Jobs that use nothing of what jobs.py imports at its top: texts of gigabytes that other code names
+# would be fetched again for nothing.
+ALONE = {"hub_text", "packed_text"}
 
 
 def parsed(module: str) -> ast.Module:
@@ -55,7 +58,7 @@ def reached(kind: str) -> set[str]:
             if isinstance(node, ast.Call)
         } & set(functions)
     top = [node for node in body if not isinstance(node, ast.FunctionDef)]
-    todo = imported(*top, *(functions[name] for name in called))
+    todo = imported(*(() if kind in ALONE else top), *(functions[name] for name in called))
     found: set[str] = set()
     while todo:
         found.add(module := todo.pop())
@@ -84,6 +87,8 @@ def run_of(kind: str) -> Run:
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
     runs["asked"] = other.question_runs()[0]
+    runs["hub_text"] = Run("hub_text", Path("data"), {})
+    runs["packed_text"] = Run("packed_text", Path("data"), {}, {"text": runs["hub_text"]})
     return runs[kind]
 
 
@@ -100,6 +105,20 @@ def covered(run: Run) -> set[str]:
 def test_the_digest_covers_what_the_job_imports(kind: str) -> None:
     assert reached(kind) - covered(run_of(kind)) == set(), "add these to kelib/code_table.py"
     assert listed(kind) - reached(kind) == set(), "no job of this kind imports these"
+
+
+def test_jobs_that_stand_alone_use_nothing_imported_at_the_top() -> None:
+    body = parsed("jobs").body
+    named = {
+        alias.asname or alias.name
+        for node in body
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("kelib")
+        for alias in node.names
+    }
+    assert {"build_corpus", "load_corpus"} <= named
+    for node in (node for node in body if getattr(node, "name", "") in ALONE):
+        used = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+        assert used & named == set()
 
 
 def test_imports_are_found_in_every_form_and_through_other_modules() -> None:
@@ -155,6 +174,9 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
     ("place", "kinds"),
     [
         ("corpus", {"corpus", "import_model", "published"}),
+        ("hub_text", {"hub_text", "packed_text"}),
+        ("hub", set()),
+        ("hub_sources", set()),
         ("wordings", {"asked", "corpus", "import_model"}),
         ("training", {"pretrain", "continual", "branch"}),
         ("entropy", {"entropy", "intervene", "continual", "published"}),
