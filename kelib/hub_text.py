@@ -153,7 +153,7 @@ def how_to_bring(folder: Path) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     there = f"; what is there is of commit {listing(held)}, or of another length" if held else ""
-    place = "/".join(folder.parts[-3:])
+    place = "/".join(folder.parts[-4:])
     return (
         "where there is a network, run 'python -m kelib data --profile NAME' with the profile that "
         f"names it; then bring data/hub_sources.lock.yaml and the folder {place}{there}"
