@@ -169,7 +169,7 @@ def _add_entropy(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``entropy``, named as :func:`kelib.command.run` takes them."""
     add = parser.add_argument
     add("model", metavar="MODEL_OR_DIR", help="folder of a model, or its id on the model hub")
-    add("--text", required=True, help=".txt, .jsonl, a folder of them, or a source by name")
+    add("--text", required=True, help=".txt, .jsonl, a folder of them, a source, or hub:NAME")
     add("--revision", help="branch, tag or commit of a model on the hub")
     add("--sequences", type=int, default=128, metavar="N", help="how many (default %(default)s)")
     add("--length", type=int, metavar="T", help="tokens of each (default 1024, or the window)")

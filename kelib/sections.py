@@ -19,8 +19,9 @@ NEAR_START = 0.02  # of pretraining: how far from its start a branch may begin
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text, tokenizer and packing. A source is a name in ``data/sources.yaml``, ``generated:NAME``
-    (another generated world, needs no network) or the path of a local file or folder."""
+    """Text, tokenizer and packing. A source is a name in ``data/sources.yaml``, ``hub:NAME`` of
+    ``data/hub_sources.yaml``, ``generated:NAME`` (another generated world, needs no network) or the
+    path of a local file or folder."""
 
     general: tuple[str, ...]  # what is pretrained on beside the generated facts
     domain: tuple[str, ...]  # what continual learning reads
