@@ -18,6 +18,7 @@ from kelib.beyond import (
     branch_grid,
     branch_measure_runs,
     branch_runs,
+    looks,
     mechanism_runs,
     reactivation_runs,
     retention_runs,
@@ -146,6 +147,13 @@ def intervene(study: Study) -> pd.DataFrame:
     rates = originals["learning_rate"].isin(study.profile.interventions.learning_rates)
     rows = pd.concat([originals[last & rates & originals["injected"]], resuscitated])
     return _write(study, "interventions", rows, inputs, [run for _, run in grid])
+
+
+def look(study: Study) -> None:
+    """All runs of stage 6 at once: the workers start once, and :func:`mechanism`, :func:`retain`
+    and :func:`reactivate` have nothing left to run.
+    """
+    study.run(looks(study, table(study, "entropy")), "looking into weights")
 
 
 def mechanism(study: Study) -> dict[str, pd.DataFrame]:
