@@ -103,10 +103,10 @@ lock: ## write requirements.lock anew from pyproject.toml (needs uv)
 	cp requirements.lock .venv.lock.part 2>/dev/null || :; \
 	$(UV) pip compile pyproject.toml --output-file .venv.lock.part --quiet --no-header \
 	  --universal --python-version 3.11 --fork-strategy fewest --extra dev --extra notebooks \
-	  --extra tasks --extra gguf \
+	  --extra tasks --extra gguf --extra cluster \
 	  --excludes .venv.excludes.part --annotation-style line $(LOCK_FLAGS); \
 	{ printf '%s\n' \
-	  "# Exact pins of kelib with its extras notebooks, tasks, gguf and dev, all transitive" \
+	  "# Exact pins of kelib with its extras notebooks, tasks, gguf, cluster and dev, all transitive" \
 	  "# dependencies included, for Python 3.11, 3.12 and 3.13. Used by make and by environment.yml." \
 	  "# Regenerate with: make lock (needs uv; make lock LOCK_FLAGS=--upgrade for newer versions)." \
 	  "# The nvidia, cuda and triton packages are not listed: pip takes them from the metadata of" \

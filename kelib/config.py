@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 
+EXECUTORS = ("local", "slurm")  # where runs are done, see kelib.runs.execute
 # Sections that a profile need not have, and whose rates they must be among
 OPTIONAL = {
     "mechanism": "continual",
@@ -110,9 +111,13 @@ class Profile:
     retention: Retention | None = None
     reactivation: Reactivation | None = None
     branches: Branches | None = None
+    executor: str = "local"  # or slurm: jobs of a cluster, with notebooks/params/cluster.yaml
 
     def __post_init__(self) -> None:
         at_least(self, workers=1)
+        require(
+            self.executor in EXECUTORS, "executor", self.executor, f"one of {listing(EXECUTORS)}"
+        )
         if self.comparison is not None:
             require(
                 self.comparison.model_type != self.model.model_type,
@@ -152,11 +157,16 @@ class Profile:
             branch.span(self.pretraining)  # refused here, before anything is computed
 
     @property
-    def digest(self) -> str:
-        """Digest of the parameters alone: no versions, no commit, not how many workers share the
-        work.
-        """
+    def parameters(self) -> dict[str, Any]:
+        """All that can change a number: not how many workers share the work, nor where."""
         values = dataclasses.asdict(dataclasses.replace(self, workers=1))
+        del values["executor"]
+        return values
+
+    @property
+    def digest(self) -> str:
+        """Digest of the parameters alone: no versions, no commit."""
+        values = self.parameters
         for name in OPTIONAL:  # profiles older than a section keep their digest
             if values[name] is None:
                 del values[name]

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from kelib import archives
-from kelib.config import repository_root
+from kelib.config import EXECUTORS, repository_root
 from kelib.errors import KelibError, listing
 from kelib.hub_sources import text_runs
 from kelib.jackknife import BLOCKS
@@ -60,8 +60,12 @@ class PublishedProfile:
     definitions: tuple[str, ...]  # of a memory coefficient
     loss_sequences: int  # the first so many also give the cross-entropy
     questions: tuple[str, ...] = ()  # rows of data/questions.yaml, or generated:NAME
+    executor: str = "local"  # or slurm: jobs of a cluster, with notebooks/params/cluster.yaml
 
     def __post_init__(self) -> None:
+        require(
+            self.executor in EXECUTORS, "executor", self.executor, f"one of {listing(EXECUTORS)}"
+        )
         for name in ("workers", "batch_size", "loss_sequences"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
@@ -85,11 +89,12 @@ class PublishedProfile:
     def parameters(self) -> dict[str, Any]:
         """All that can change a number, as JSON values, with the name under ``profile`` too."""
         plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(self, workers=1))))
+        del plain["executor"]
         return {"profile": self.published, **plain}
 
     @property
     def digest(self) -> str:
-        """Digest of the parameters alone: no versions, no commit, not the number of workers."""
+        """Digest of the parameters alone: no versions, no commit, not who shares the work."""
         return digest(self.parameters)
 
 
@@ -205,7 +210,8 @@ def measure_published(study: PublishedStudy) -> dict[str, pd.DataFrame]:
     ``questions`` in the profile also ``questions``, see :attr:`kelib.tasks.TaskResults.summary`.
     """
     runs, asked = study.runs(), study.question_runs()
-    execute([*runs, *asked], study.profile.workers, "published model")
+    chosen = study.profile
+    execute([*runs, *asked], chosen.workers, "published model", chosen.executor)
     tables = {}
     for name in TABLES:
         tables[name] = _write(study, name, runs, "data")

@@ -1,4 +1,5 @@
-"""A grid of runs on local processes: what is done is skipped, what was interrupted resumes.
+"""A grid of runs on local processes or a cluster: what is done is skipped, what was interrupted
+resumes.
 
 A run is named by the digest of its settings, its inputs and the code it rests on. Its folder
 appears under the final name in one rename when it is finished; until then it is
@@ -11,19 +12,13 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +26,7 @@ import pandas as pd
 from safetensors import SafetensorError
 
 from kelib.code_table import code_digest
-from kelib.config import digest
+from kelib.config import EXECUTORS, digest
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
 
@@ -136,7 +131,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _writer(folder: Path) -> int | None:
+def writer(folder: Path) -> int | None:
     """The process that holds or last held the lock of a folder."""
     try:
         return int((folder / "lock").read_text())
@@ -206,44 +201,30 @@ def _reporter(folder: Path) -> Any:
     return report
 
 
-def _read_progress(run: Run) -> float:
+def read_progress(run: Run) -> float:
+    """The share of a run under way that is done, 0 before one has begun."""
     try:
         return float((run.partial / "progress").read_text())
     except (OSError, ValueError):
         return 0.0
 
 
-def _begin_worker(threads: int) -> None:
-    """Start-up of a worker: its threads, silence, and an end when its parent dies."""
-    import torch
-
-    torch.set_num_threads(threads)
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends its workers
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _perform_safely(run: Run) -> tuple[float, str]:
+def attempt(run: Run, work: Callable[[Run], float] = perform) -> tuple[float, str]:
+    """(seconds, why it failed) of ``work``, whose errors are not raised: the reason, empty where
+    there is none, is kept in the run's folder.
+    """
     try:
-        return perform(run), ""
+        return work(run), ""
     except KelibError as error:
         reason = str(error)
     except Exception:
         reason = traceback.format_exc()
-    _note_failure(run, reason)
+    note_failure(run, reason)
     return 0.0, reason
 
 
-def _note_failure(run: Run, reason: str) -> None:
+def note_failure(run: Run, reason: str) -> None:
+    """Mark a run as failed, unless a process is writing it."""
     with suppress(OSError):  # a full disk is reported already
         if run.partial.exists() and not _is_locked(run.partial):  # not into another's folder
             (run.partial / "error.txt").write_text(reason)
@@ -256,6 +237,9 @@ class Outcome:
     done: int
     skipped: int
     seconds: float
+
+
+Attempts = list[tuple[Run, float, str]]  # run, seconds, why it failed (empty if it did not)
 
 
 def with_inputs(runs: Iterable[Run]) -> list[list[Run]]:
@@ -274,96 +258,45 @@ def with_inputs(runs: Iterable[Run]) -> list[list[Run]]:
     return [[r for at, r in levels.values() if at == level] for level in range(deepest + 1)]
 
 
-def execute(runs: Iterable[Run], workers: int, title: str = "runs") -> Outcome:
-    """Do what is missing of ``runs`` and of their inputs, on ``workers`` local processes.
+def execute(
+    runs: Iterable[Run], workers: int, title: str = "runs", executor: str = "local"
+) -> Outcome:
+    """Do what is missing of ``runs`` and of their inputs, on ``workers`` local processes, or with
+    ``executor="slurm"`` as jobs of a cluster (see :mod:`kelib.cluster`).
 
     Each process has one thread (two runs on one thread each beat one run on two); a level with
     fewer runs than workers shares the threads out. A failed run does not stop the others; at the
     end a KelibError names each. Only a worker that the system ended (out of memory, most often)
     stops all, as the others would meet the same end. An interrupt ends the workers;
-    what they had begun resumes in the next call.
+    what they had begun resumes in the next call. Levels, failures and interrupts are the same on a
+    cluster.
     """
+    if executor not in EXECUTORS:
+        raise KelibError(f"executor = {executor!r} must be one of {listing(EXECUTORS)}")
+    from kelib import cluster
+    from kelib import workers as local
+
     total = Outcome(0, 0, 0.0)
     for level in with_inputs(runs):
         threads = max(1, workers // len(level))
         missing = [run for run in level if not run.done]
         total.skipped += len(level) - len(missing)
-        if missing:
-            seconds = _execute_level(missing, min(workers, len(missing)), threads, title)
-            total.done, total.seconds = total.done + len(missing), total.seconds + seconds
-    return total
-
-
-def _execute_level(missing: list[Run], workers: int, threads: int, title: str) -> float:
-    kinds = "/".join(dict.fromkeys(run.kind for run in missing))
-    saved = {name: os.environ.get(name) for name in (*KEEP_MEMORY, "OMP_NUM_THREADS")}
-    os.environ.update(KEEP_MEMORY, OMP_NUM_THREADS=str(threads))  # read when a worker starts
-    failures: list[str] = []
-    seconds = 0.0
-    waiting: dict[Future[tuple[float, str]], Run] = {}
-    others, children = set(multiprocessing.active_children()), set()
-    try:
-        with (
-            ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,)
-            ) as pool,
-            Progress(f"{title}: {kinds}", len(missing)) as bar,
-        ):
-            try:
-                for run in missing:
-                    waiting[pool.submit(_perform_safely, run)] = run
-                    children = set(multiprocessing.active_children()) - others
-                while waiting:
-                    finished, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        run = waiting[future]
-                        spent, reason = future.result()
-                        del waiting[future]
-                        seconds += spent
-                        if reason:
-                            failures.append(f"{run.kind} {run.digest}: {reason}")
-                    begun = sum(map(_read_progress, waiting.values()))
-                    bar.show(len(missing) - len(waiting) + begun)
-            except BaseException:  # else an interrupt would wait for the whole queue
-                for child in children:
-                    child.terminate()
-                raise
-    except BrokenProcessPool as error:
-        raise KelibError(_broken(waiting.values(), children)) from error
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
+        if not missing:
+            continue
+        kinds = "/".join(dict.fromkeys(run.kind for run in missing))
+        with Progress(f"{title}: {kinds}", len(missing)) as bar:
+            if executor == "slurm":
+                done = cluster.do_level(missing, cluster.load_cluster(), bar)
             else:
-                os.environ[name] = value
-    if failures:
-        raise KelibError(
-            f"{len(failures)} of {len(missing)} runs failed; the others are kept.\n"
-            + "\n".join(failures)
-        )
-    return seconds
-
-
-def _broken(waiting: Iterable[Run], children: Iterable[BaseProcess]) -> str:
-    """What to tell when a worker ended without a word; the run it was at is marked as failed."""
-    codes = {child.pid: child.exitcode for child in children}
-    # the pool itself ends the other workers by SIGTERM
-    odd = {pid for pid, code in codes.items() if code not in (0, None, -signal.SIGTERM)}
-    begun = [run for run in waiting if _writer(run.partial) in (odd or codes)]
-    if not begun:
-        return (
-            "the worker processes ended before they began a run (exit codes "
-            f"{listing(codes.values())}); workers import the script that calls kelib, so it must "
-            "do that under if __name__ == '__main__'"
-        )
-    ends = {code for pid, code in codes.items() if pid in odd} or {-signal.SIGTERM}
-    reason = (
-        f"its worker process was ended by the system (exit code {listing(ends)}; -9 is most often "
-        "a lack of memory): free memory or lower workers, then run again; what is finished is kept"
-    )
-    for run in begun:
-        _note_failure(run, reason)
-    return "; ".join(f"{run.kind} {run.digest}" for run in begun) + f": {reason}"
+                done = local.do_level(missing, workers, threads, bar)
+        if failed := [f"{run.kind} {run.digest}: {reason}" for run, _, reason in done if reason]:
+            raise KelibError(
+                f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n"
+                + "\n".join(failed)
+            )
+        total.done += len(missing)
+        total.seconds += sum(seconds for _, seconds, _ in done)
+    return total
 
 
 def count_states(runs: Iterable[Run]) -> dict[str, int]:

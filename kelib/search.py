@@ -91,13 +91,14 @@ def run_search(variants: list[Variant]) -> dict[str, pd.DataFrame]:
     regime.
     """
     workers = variants[0].study.profile.workers
+    executor = variants[0].study.profile.executor
     measure = [run for v in variants for run in v.study.measure_runs()]
-    execute(measure, workers, "search")
+    execute(measure, workers, "search", executor)
     entropies = {id(v): entropy_tables(v.study)["entropy"] for v in variants}
     runs = {
         id(v): v.study.continual_grid(entropies[id(v)]) if v.continual else [] for v in variants
     }
-    execute([run for part in runs.values() for _, run in part], workers, "search")
+    execute([run for part in runs.values() for _, run in part], workers, "search", executor)
     parts: dict[str, list[pd.DataFrame]] = {"entropy": [], "checkpoints": [], "continual": []}
     for v in variants:
         entropy, checkpoints = entropies[id(v)], checkpoints_table(v.study)

@@ -292,7 +292,7 @@ class Study:
 
     def run(self, runs: Iterable[Run], title: str) -> None:
         """Do what is missing; see :func:`kelib.runs.execute`."""
-        execute(runs, self.profile.workers, title)
+        execute(runs, self.profile.workers, title, self.profile.executor)
 
 
 def peak_step(entropy: pd.DataFrame, seed: int) -> int:

@@ -31,7 +31,8 @@ EXTRAS = {
 }
 CORE = [Requirement(item) for item in PROJECT["dependencies"]]
 OPTIONAL = ("notebooks", "tasks", "gguf", "hub", "cluster")
-LOCKED = CORE + [item for name in ("notebooks", "tasks", "gguf", "dev") for item in EXTRAS[name]]
+IN_LOCK = ("notebooks", "tasks", "gguf", "cluster", "dev")
+LOCKED = CORE + [item for name in IN_LOCK for item in EXTRAS[name]]
 PYTHONS = ["3.11.0", "3.11.14", "3.12.0", "3.12.12", "3.13.0", "3.13.9"]
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 PLOTTING = {"matplotlib", "seaborn"}

@@ -469,7 +469,7 @@ def test_a_lock_keeps_a_second_writer_out(study, made):
         message = rf"{run.digest}.partial is being written by another process \(pid 4321\); wait"
         with pytest.raises(KelibError, match=message):
             perform(run)
-        seconds, reason = runs._perform_safely(run)
+        seconds, reason = runs.attempt(run)
         assert seconds == 0 and "pid 4321" in reason
         assert run.state() == "running"  # the refused one did not mark the other's run as failed
         assert [path.name for path in run.partial.iterdir()] == ["lock"]
