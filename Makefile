@@ -8,8 +8,8 @@ include env.mk
 # the code that computes; drawing, claims and notebooks are not part of it
 PLOTS := $(wildcard kelib/plots*.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
-	readme.py readme_figures.py notebooks.py __main__.py \
-	audit.py soundness.py inspection.py checkpoint_files.py),$(wildcard kelib/*.py))
+	readme.py readme_figures.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
+	planner.py plan_check.py plan_report.py calibration.py scale.py cluster.py),$(wildcard kelib/*.py))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -41,7 +41,7 @@ endif
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
 	tables.py config.py sections.py study.py)
 
-.PHONY: help figures study test check format data audit status notebooks bench reference clean search lab
+.PHONY: help figures study test check format data plan audit status notebooks bench reference clean search lab
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile env.mk
@@ -90,6 +90,9 @@ study: ## five pretraining seeds, needed for verdicts (profile study, two to fou
 
 data: | $(READY) ## fetch and verify the text of a profile, nothing else
 	@$(PY) -m kelib data $(PROFILE)
+
+plan: | $(READY) ## what a profile will cost: runs, downloads, disk, FLOPs, hours, by figure
+	@$(PY) -m kelib plan $(PROFILE) $(FIGURES)
 
 audit: | $(READY) ## published checkpoints of MODEL: whole, duplicated, changed? (make audit MODEL=olmo-1b)
 	@$(PY) -m kelib audit $(MODEL)

@@ -69,31 +69,48 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from kelib import beyond, stages
+    from kelib import stages
+    from kelib.grid import STAGES, entropy_so_far, stage_runs
     from kelib.runs import count_states
 
-    grids: dict[str, Any]
     if (published := _published(arguments.profile)) is not None:
         asked = published.question_runs()
-        grids = {"5 published": [published.model_run(), *published.runs(), *asked]}
+        grids = {5: [published.model_run(), *published.runs(), *asked]}
     else:
         study = stages.open_study(arguments.profile)
-        grids = {
-            "1 pretrain": study.pretrain_runs(),
-            "2 measure": [*study.measure_runs(), *study.entities_runs()],
-        }
-        grid = [run for _, run in [*study.intervention_grid(), *study.arms_grid()]]
-        grids["4 interventions"] = [*study.intervene_runs(), *grid]
-        grids["7 branches"] = beyond.departures(study)
-        try:
-            entropy = stages.table(study, "entropy")
-            grids["3 continual"] = [run for _, run in study.continual_grid(entropy)]
-            grids["6 mechanism"] = beyond.looks(study, entropy)
-        except KelibError:
+        grids = stage_runs(study, entropy_so_far(study))
+        if 3 not in grids:
             print("3 continual: known when stage 2 is done")
-    for name in sorted(grids):
-        counts = ", ".join(f"{n} {state}" for state, n in count_states(grids[name]).items())
-        print(f"{name}: {counts}")
+    for stage, runs in grids.items():
+        counts = ", ".join(f"{n} {state}" for state, n in count_states(runs).items())
+        print(f"{stage} {STAGES[stage]}: {counts}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from kelib import plan_report
+
+    if arguments.check:
+        plan_report.check(arguments.profile, data=arguments.data, anew=arguments.calibrate)
+        return
+    plan_report.plan(
+        arguments.profile,
+        arguments.figures,
+        data=arguments.data,
+        mfu=arguments.mfu,
+        counts_only=arguments.counts_only,
+        anew=arguments.calibrate,
+    )
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("profile")
+    add("figures", nargs="*", help="to tell what each rests on (default: all of the profile)")
+    add("--counts-only", action="store_true", help="no hours, so that nothing has to be timed")
+    add("--calibrate", action="store_true", help="time this machine again")
+    add("--check", action="store_true", help="compare the estimates with the finished runs instead")
+    add("--data", type=Path, help="folder of the runs (default: data of the repository)")
+    add("--mfu", type=float, default=0.4, help="utilisation of accelerators (default %(default)s)")
 
 
 def _injection(arguments: argparse.Namespace) -> None:
@@ -202,6 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
         sub = commands.add_parser(name, help=text)
         sub.add_argument("profile")
         sub.set_defaults(do=do)
+    one = commands.add_parser("plan", help="what a profile will cost, before anything is done")
+    _add_plan(one)
+    one.set_defaults(do=_plan)
     one = commands.add_parser("execute", help="run notebooks in place, with their own parameters")
     one.add_argument("notebooks", nargs="*", help="default: all of them")
     one.set_defaults(do=_execute)

@@ -150,7 +150,7 @@ def perform(run: Run) -> float:
 
     if run.done:
         return 0.0
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     try:
         run.partial.mkdir(parents=True, exist_ok=True)
         with _locked(run.partial):
@@ -173,6 +173,8 @@ def perform(run: Run) -> float:
                 "inputs": {name: made.digest for name, made in run.inputs.items()},
                 "versions": jobs.versions(),
                 "seconds": round(seconds, 2),
+                # of this process's threads, whatever else the machine does
+                "cpu_seconds": round(time.process_time() - processor, 2),
             }
             (run.partial / "progress").unlink(missing_ok=True)
             (run.partial / "run.json").write_text(json.dumps(note, indent=1, sort_keys=True))

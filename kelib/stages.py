@@ -6,7 +6,6 @@ twice.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from kelib.beyond_tables import over_layers, reactivation_table, retention_table
 from kelib.branch_tables import branch_entropy_table, branch_learning_table, branch_table
 from kelib.config import PROTOCOL, load_profile, repository_root
 from kelib.errors import KelibError
+from kelib.grid import require_space
 from kelib.runs import Run
 from kelib.study import Study
 from kelib.study_tables import (
@@ -68,8 +68,7 @@ def _write(
 ) -> pd.DataFrame:
     path = study.measurements / f"{name}.csv"
     read = {n: read_provenance(study.measurements / f"{n}.csv")["sha256"] for n in inputs}
-    parameters = dataclasses.asdict(dataclasses.replace(study.profile, workers=1))
-    note = provenance(parameters, list(study.profile.seeds), read)
+    note = provenance(study.profile.parameters, list(study.profile.seeds), read)
     # what the runs behind the table took, summed over processes: not part of any digest
     note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in runs), 1)
     note["runs"] = len(runs)
@@ -83,7 +82,11 @@ def table(study: Study, name: str) -> pd.DataFrame:
 
 
 def pretrain(study: Study) -> pd.DataFrame:
-    """Stage 1: corpora and checkpoints; the table is the training loss by model, seed and step."""
+    """Stage 1: corpora and checkpoints; the table is the training loss by model, seed and step.
+
+    Raises KelibError, before anything is done, if the disk is too small for the whole study.
+    """
+    require_space(study)
     runs = study.pretrain_runs()
     study.run(runs, "pretrain")
     return _write(study, "pretraining", pretraining_table(study), [], runs)

@@ -209,7 +209,7 @@ def test_a_finished_run_says_what_it_was(made):
         code_digest("pretrain"),
     )
     assert {"python", "torch", "transformers", "numpy"} <= set(note["versions"])
-    assert note["seconds"] > 0
+    assert note["seconds"] > 0 and note["cpu_seconds"] > 0
 
 
 def test_checkpoints_of_a_run_carry_their_origin(made):

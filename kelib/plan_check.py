@@ -1,0 +1,71 @@
+"""How good the estimates of a plan are, beside the times of finished runs. No torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from kelib.calibration import Calibration
+from kelib.errors import KelibError
+from kelib.planner import published_cost, study_cost
+from kelib.published import PublishedStudy
+from kelib.study import Study
+from kelib.workload import shape_of_profile
+
+TOLERANCE = 0.25  # of the measured time, that an estimate may be off
+
+
+def finished_runs(study: Study | PublishedStudy) -> list[dict[str, Any]]:
+    """The notes (``run.json``) of all finished runs of a profile, of any version of the code."""
+    name = study.measurements.name
+    places = [study.data / "corpus" / name, study.data / "checkpoints" / name]
+    found = [path for place in places for path in place.glob("*/run.json")]
+    found += study.measurements.glob("*/*/run.json")
+    return [json.loads(path.read_text()) for path in sorted(found)]
+
+
+def check_table(study: Study | PublishedStudy, calibration: Calibration) -> pd.DataFrame:
+    """Estimate beside measurement of finished runs, by kind, and in the last row in all: runs,
+    estimated and measured hours, their ratio, the ratio to as many runs of the median, and of the
+    lower quartile.
+
+    The last two are lower than the first where runs shared the machine with other work. Raises
+    KelibError if no run is finished.
+    """
+    rows = []
+    for note in finished_runs(study):
+        kind, settings = note["kind"], note["settings"]
+        if isinstance(study, Study):
+            shape = shape_of_profile(study.profile)
+            cost = study_cost(study.profile, kind, settings, shape, calibration)
+        else:
+            cost = published_cost(study.profile, kind, settings, calibration)
+        rows.append((cost.kind, cost.seconds / 3600, note["seconds"] / 3600))
+    if not rows:
+        raise KelibError(
+            f"no run of {study.measurements.name} is finished in {study.data}: nothing to check "
+            "the estimate with; run the profile first, or name another folder with --data"
+        )
+    runs = pd.DataFrame(rows, columns=["kind", "estimated", "measured"]).dropna()
+    groups = runs.groupby("kind")
+    table = groups[["estimated", "measured"]].sum()
+    table.insert(0, "runs", groups.size())
+    for name, share in (("median", 0.5), ("quartile", 0.25)):
+        table[name] = table["runs"] * groups["measured"].quantile(share)
+    table.loc["all"] = table.sum()
+    table["ratio"] = table["estimated"] / table["measured"]
+    for name in ("median", "quartile"):
+        table[f"ratio_{name}"] = table["estimated"] / table.pop(name)
+    return table.astype({"runs": int}).reset_index()
+
+
+def refuse_bad_estimate(table: pd.DataFrame) -> None:
+    """Raise KelibError if the estimate for all runs is off by more than :data:`TOLERANCE`."""
+    ratio = float(table["ratio"].iloc[-1])
+    if abs(ratio - 1) > TOLERANCE:
+        raise KelibError(
+            f"the estimate is {ratio:.2f} of the measured time, it must be within "
+            f"{TOLERANCE:.0%} of it: calibrate again (--calibrate) as busy as the machine was then"
+        )

@@ -1,0 +1,400 @@
+"""The plan of a profile: its calibration, its tables, what is printed, and how good it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kelib import calibration as calibration_module
+from kelib import corpus as corpus_module
+from kelib import plan_report, planner
+from kelib.__main__ import main
+from kelib.calibration import (
+    Calibration,
+    calibrate,
+    calibrate_published,
+    class_of,
+    miniature,
+    sample_runs,
+)
+from kelib.config import load_profile, profiles, repository_root
+from kelib.errors import KelibError
+from kelib.plan_check import check_table, finished_runs, refuse_bad_estimate
+from kelib.planner import (
+    figure_stage,
+    figures_of,
+    figures_table,
+    kinds_table,
+    paper_table,
+    published_table,
+    study_table,
+    tables_of,
+)
+from kelib.published import PublishedStudy, load_published
+from kelib.runs import perform, with_inputs
+from kelib.scale import PAPER, device_hours, paper_flops, training_flops
+from kelib.study import Study
+from kelib.workload import Work, shape_of_profile
+
+WORLD = {"people": 12, "places": 8, "works": 8, "once_entries": 3, "paraphrase_entries": 2}
+SMALL = {
+    "seeds": [100],
+    "corpus.world": {**WORLD, "questions_per_task": 4},
+    "model.hidden_size": 16,
+    "model.intermediate_size": 32,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def longer():
+    """More steps in the longer run: so small a model takes milliseconds a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(calibration_module.RATIOS, "longer", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return load_profile("smoke", SMALL)
+
+
+@pytest.fixture(scope="module")
+def made(profile, tmp_path_factory):
+    """A calibration of the tiny profile, whose runs are done in this process, and its file."""
+    kept = tmp_path_factory.mktemp("kept") / "calibration.json"
+
+    def do(runs, workers, title):
+        for level in with_inputs(runs):
+            for run in level:
+                perform(run)
+
+    with pytest.MonkeyPatch.context() as patch:  # less text
+        patch.setattr(corpus_module, "GENERATED_DOCUMENTS", 1500)
+        patch.setattr(corpus_module, "TOKENIZER_CHARACTERS", 50_000)
+        patch.setattr(calibration_module, "execute", do)
+        return calibrate(profile, kept), kept
+
+
+@pytest.fixture
+def study(profile, tmp_path):
+    return Study(profile, tmp_path)
+
+
+@pytest.fixture
+def even():
+    """A calibration by which every class of runs costs 10 s and a training FLOP 1 ns."""
+    classes = [
+        *("corpus", "pretrain", "entropy", "entropy, converge", "evaluate", "entities"),
+        *("intervene", "continual", "continual, curve", "mechanism", "later", "reactivation"),
+        "branch",
+    ]
+    return Calibration(1e-9, 0.0, dict.fromkeys(classes, 10.0), dict.fromkeys(classes, 1000))
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_the_miniature_of_every_profile_has_a_run_of_every_class(name, tmp_path):
+    chosen = load_profile(name)
+    small = miniature(chosen)
+    assert small.model == chosen.model and small.training == chosen.training
+    assert small.corpus.sequence_length == chosen.corpus.sequence_length
+    sampled = sample_runs(Study(small, tmp_path))
+    longer = {"corpus, longer", "continual, longer"}
+    runs = planner.planned_runs(Study(chosen, tmp_path))
+    asked = {class_of(run.kind, run.settings) for of_stage in runs.values() for run in of_stage}
+    assert asked <= set(sampled) - longer and longer <= set(sampled)
+
+
+def test_a_calibration_times_the_real_jobs(made, profile):
+    found, _ = made
+    assert found.flop_seconds > 0 and found.packed_seconds > 0
+    assert set(found.fixed) == set(found.measured)
+    assert all(seconds >= 0 for seconds in found.fixed.values())
+    assert found.fixed["evaluate"] > 0 and found.fixed["mechanism"] > found.fixed["evaluate"]
+
+
+def test_a_calibration_is_kept_for_its_machine_and_settings(made, profile, monkeypatch, tmp_path):
+    found, kept = made
+
+    def measured_again(profile):
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(calibration_module, "measure", measured_again)
+    assert calibrate(profile, kept) == found
+    seeds = dataclasses.replace(profile, seeds=(1, 2, 3))  # cost the same each
+    assert calibrate(seeds, kept) == found
+    for other in (
+        dataclasses.replace(profile, workers=1),
+        dataclasses.replace(profile, model=dataclasses.replace(profile.model, hidden_size=32)),
+    ):
+        with pytest.raises(AssertionError, match="timed again"):
+            calibrate(other, kept)
+    monkeypatch.setattr(calibration_module, "machine", lambda: {"processor": "another"})
+    with pytest.raises(AssertionError, match="timed again"):
+        calibrate(profile, kept)
+    broken = tmp_path / "calibration.json"
+    broken.write_text("{")
+    with pytest.raises(AssertionError, match="timed again"):
+        calibrate(profile, broken)
+
+
+def test_the_processor_is_timed_where_no_accelerator_is_at_work(monkeypatch):
+    note = {"seconds": 30.0, "cpu_seconds": 12.0}
+    monkeypatch.setattr(calibration_module.shutil, "which", lambda name: None)
+    assert calibration_module._seconds(note) == 12
+    assert calibration_module._seconds({"seconds": 30.0, "cpu_seconds": 55.0}) == 30  # two threads
+    monkeypatch.setattr(calibration_module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert calibration_module._seconds(note) == 30
+
+
+def test_times_that_make_no_sense_are_refused(profile):
+    spent = dict.fromkeys(("continual", "continual, longer", "corpus", "corpus, longer"), 5.0)
+    works = {name: Work(trained=n, packed=n) for n, name in enumerate(spent, 1)}
+    with pytest.raises(KelibError, match=r"took 5.0 s, no more than .*: the machine is too busy"):
+        calibration_module._fitted(profile, spent, works)
+
+
+def test_costs_are_fitted_as_by_hand(profile):
+    flops = training_flops(shape_of_profile(profile), 64)
+    works = {
+        "continual": Work(trained=1000, measured=70),
+        "continual, longer": Work(trained=3000),
+        "evaluate": Work(measured=500),
+        "corpus": Work(packed=100),
+        "corpus, longer": Work(packed=600),
+    }
+    spent = dict(zip(works, (4.0, 10.0, 2.5, 3.0, 4.0), strict=True))
+    found = calibration_module._fitted(profile, spent, works)
+    assert found.flop_seconds == pytest.approx(6 / (2000 * flops))
+    assert found.packed_seconds == pytest.approx(1 / 500)
+    assert found.fixed == pytest.approx({"continual": 1, "evaluate": 2.5, "corpus": 2.8})
+    # 1 s beyond training, which takes 3 s for a thousand tokens
+    assert found.seconds("continual", Work(trained=5000), 5000 * flops) == pytest.approx(16)
+    assert found.seconds("evaluate", Work(measured=250), 0) == pytest.approx(1.25)
+    assert found.seconds("corpus", Work(packed=1100), 0) == pytest.approx(5)
+    with pytest.raises(KelibError, match=r"timed no run of class 'later', only continual, corpus"):
+        found.seconds("later", Work(trained=1), 1)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_study_counts_every_run(study, even):
+    runs = study_table(study, even)
+    assert len(runs) == sum(map(len, planner.planned_runs(study).values()))
+    assert not runs["done"].any()
+    row = runs[runs["kind"] == "pretrain"].iloc[0]
+    assert row["trained"] == 60 * 16 * 64
+    assert row["flops"] == row["trained"] * training_flops(shape_of_profile(study.profile), 64)
+    assert row["seconds"] == pytest.approx(10 + 1e-9 * row["flops"])
+    kinds = kinds_table(runs)
+    assert kinds["kind"].iloc[-1] == "all"
+    total = kinds.iloc[-1]
+    assert (total["open"], total["done"]) == (len(runs), 0)
+    assert total["hours"] == total["hours_open"] == pytest.approx(runs["seconds"].sum() / 3600)
+    assert kinds["trained"].iloc[:-1].sum() == total["trained"] == runs["trained"].sum()
+    without = kinds_table(study_table(study, None))
+    assert without["hours"].isna().all()
+
+
+def test_runs_that_are_done_are_not_open(short_study):
+    runs = study_table(short_study.study, None)
+    kinds = kinds_table(runs).set_index("kind")
+    assert kinds.loc["pretrain", ["done", "open"]].tolist() == [1, 0]
+    assert kinds.loc["evaluate", "open"] == 0 and kinds.loc["intervene", "open"] > 0
+
+
+def test_figures_rest_on_the_stages_before_theirs(study, even):
+    assert [figure_stage(name) for name in ("fig02_knowledge_entropy", "fig04_stages")] == [2, 3]
+    assert figure_stage("fig05_resuscitation") == figure_stage("tab00_claims") == 4
+    assert [figure_stage(name) for name in ("ours_retention", "ours_annealing")] == [6, 7]
+    assert figure_stage("ours_contrasts") == 7  # names no table itself: rests on all
+    runs = study_table(study, even)
+    table = figures_table(runs, ["fig04_stages", "fig02_knowledge_entropy", "ours_retention"])
+    assert table["figure"].tolist()[0] == "fig02_knowledge_entropy"
+    counts = runs.groupby("stage").size()
+    expected = [counts[[1, 2]].sum(), counts[[1, 2, 3]].sum(), counts[[1, 2, 3, 4, 6]].sum()]
+    assert table["runs"].tolist() == table["open"].tolist() == expected
+    first = runs[runs["stage"] <= 2]["seconds"].sum() / 3600
+    assert table["hours"].iloc[0] == pytest.approx(first)
+    with pytest.raises(KelibError, match=r"no notebook fig99.ipynb; notebooks has fig02"):
+        figures_table(runs, ["fig99"])
+
+
+def test_figures_of_a_profile_are_those_whose_tables_it_writes():
+    smoke, small = (set(figures_of(tables_of(load_profile(n)))) for n in ("smoke", "small"))
+    assert {"fig04_stages", "ours_retention", "ours_annealing", "ours_learning_curves"} <= smoke
+    assert "fig04_stages" in small and not {"ours_retention", "fig15_ratio"} & small
+    assert not {"ours_search", "ours_smollm2"} & smoke
+
+
+def test_the_papers_scale_is_that_of_its_protocol(study):
+    runs = study_table(study, None)
+    table = paper_table(runs, 0.4).set_index(["model", "device"])
+    flops = paper_flops(PAPER["OLMo-1B"])
+    one = table.loc[("OLMo-1B", "H100")]
+    assert one["run_hours"] == pytest.approx(device_hours(flops["learning"], "H100", 0.4))
+    learned = runs["kind"].isin(["continual", "continual, curve", "later"]).sum()
+    measured = runs["kind"].str.startswith("entropy").sum()
+    total = learned * flops["learning"] + measured * flops["entropy"]
+    assert one["grid_hours"] == pytest.approx(device_hours(total, "H100", 0.4))
+    assert one["devices"] == 1 and table.loc[("OLMo-7B", "A100"), "devices"] == 2
+    assert (table["memory_gb"] < 141).all()
+
+
+def test_a_published_profile_is_counted_from_its_manifest(tmp_path):
+    study = PublishedStudy(load_published("smollm2"), tmp_path)
+    fast = Calibration(1e-12, 0.0, {}, {})
+    runs = published_table(study, fast)
+    assert runs["kind"].tolist() == ["import_model", *["published"] * 3, "asked"]
+    measured = runs[runs["kind"] == "published"].iloc[0]
+    assert measured["measured"] == (128 + 32) * 512
+    assert measured["flops"] == 2 * 134_515_008 * measured["measured"]
+    assert measured["seconds"] == pytest.approx(1e-12 * measured["flops"])
+    assert math.isnan(runs["seconds"].iloc[0])  # fetching and converting
+    lacking = planner.downloads(study)
+    assert set(lacking) == {"news", "wikipedia", "pubmed", "medmcqa", "model smollm2"}
+    assert lacking["model smollm2"] == 98_362_432
+    generated = PublishedStudy(load_published("published_smoke"), tmp_path)
+    assert planner.downloads(generated) == {}
+    assert (published_table(generated, None)["flops"] == 0).all()
+
+
+def test_a_published_calibration_measures_all_definitions(tmp_path, monkeypatch):
+    tiny = load_published("smollm2", {"sequence_length": 16, "workers": 1})
+
+    class Here:
+        """In this process, since starting another takes longer than what it does."""
+
+        def __init__(self, *arguments):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        map = staticmethod(map)
+
+    monkeypatch.setattr(calibration_module, "ProcessPoolExecutor", Here)
+    kept = tmp_path / "calibration.json"
+    found = calibrate_published(tiny, kept)
+    assert found.flop_seconds > 0
+    monkeypatch.setattr(calibration_module, "ProcessPoolExecutor", None)
+    assert calibrate_published(tiny, kept) == found
+
+
+# --- how good it was ------------------------------------------------------------------------------
+
+
+def test_estimates_are_compared_with_finished_runs(short_study, even):
+    study = short_study.study
+    notes = finished_runs(study)
+    spent = {}
+    for note in notes:
+        spent.setdefault(class_of(note["kind"], note["settings"]), []).append(note["seconds"])
+    table = check_table(study, even).set_index("kind")
+    assert set(table.index) == {*spent, "all"}
+    assert table.loc["evaluate", "runs"] == len(spent["evaluate"]) == 4
+    assert table.loc["evaluate", "measured"] == pytest.approx(sum(spent["evaluate"]) / 3600)
+    assert table.loc["all", "runs"] == len(notes)
+    row = table.loc["all"]
+    assert row["ratio"] == pytest.approx(row["estimated"] / row["measured"])
+    assert row["ratio_quartile"] >= row["ratio_median"] > 0
+
+
+def test_an_estimate_that_is_off_fails_and_nothing_finished_is_refused(short_study, even, study):
+    table = check_table(short_study.study, even)
+    table.loc[len(table) - 1, "ratio"] = 1.24
+    refuse_bad_estimate(table)
+    table.loc[len(table) - 1, "ratio"] = 1.26
+    with pytest.raises(KelibError, match=r"the estimate is 1.26 of the measured time, it must be"):
+        refuse_bad_estimate(table)
+    with pytest.raises(KelibError, match=r"no run of smoke is finished in .*: nothing to check"):
+        check_table(study, even)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_a_plan_is_printed_without_torch_and_without_doing_anything(tmp_path):
+    code = (
+        "import sys; from kelib.__main__ import main; status = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "plan", "small", "fig04_stages", "--counts-only"]
+    done = subprocess.run(
+        [*command, "--data", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    assert "runs, 0 open" not in text and "To fetch: news 5.0 MB, wikipedia 6.5 MB" in text
+    assert "fig04_stages" in text and "fig05" not in text and "OLMo-7B" in text
+    assert "hours of one process" not in text
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_plan_with_hours_tells_time_here_and_by_figure(even, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan_report, "calibrated", lambda study, anew: even)
+    assert main(["plan", "smoke", "--data", str(tmp_path), "--mfu", "0.5"]) == 0
+    text = capsys.readouterr().out
+    runs = study_table(Study(load_profile("smoke"), tmp_path), even)
+    hours = runs["seconds"].sum() / 3600
+    assert f"Time here: {hours:.2f} hours of one process, {hours / 2:.2f} on 2" in text
+    assert "MFU 0.5" in text and "To fetch: nothing." in text
+    lines = [line.split() for line in text.splitlines() if "fig02_knowledge_entropy" in line]
+    first = runs[runs["stage"] <= 2]["seconds"].sum() / 3600
+    assert lines[0][-2:] == [f"{first:.2f}", f"{first:.2f}"]
+
+
+def test_a_plan_for_a_full_disk_says_so_and_exits_with_1(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan_report, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("kelib.grid.free_bytes", lambda folder: 1000)
+    assert main(["plan", "smoke", "--counts-only", "--data", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "Disk:" in printed.out  # all of the plan is printed before
+    assert printed.err.startswith("kelib: profile smoke needs 0.") and printed.err.count("\n") == 1
+
+
+def test_the_check_of_a_plan_is_a_command(short_study, monkeypatch, capsys):
+    data = short_study.study.data
+    notes = finished_runs(short_study.study)
+    mean = {}
+    for note in notes:
+        mean.setdefault(class_of(note["kind"], note["settings"]), []).append(note["seconds"])
+    fixed = {name: sum(values) / len(values) for name, values in mean.items()}
+
+    class Exact(Calibration):
+        def seconds(self, name, work, training_flops):
+            return fixed[name]
+
+    monkeypatch.setattr(plan_report, "open_plan", lambda name, folder: short_study.study)
+    monkeypatch.setattr(plan_report, "calibrated", lambda study, anew: Exact(0, 0, {}, {}))
+    assert main(["plan", "smoke", "--check", "--data", str(data)]) == 0
+    text = capsys.readouterr().out
+    assert "estimate beside measurement" in text
+    assert " 1.00" in next(line for line in text.splitlines() if line.startswith("all"))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "smal"])
+def test_an_unknown_profile_is_refused_with_those_there_are(name, capsys):
+    assert main(["plan", name]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"kelib: unknown profile '{name}'") and "smoke" in error
+
+
+def test_make_names_the_figures_of_the_profile():
+    command = ["make", "-n", "plan", "PROFILE=families", "USE_ENV=1", "PYTHON=python"]
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(
+        command, cwd=repository_root(), env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "python -m kelib plan families fig06_other_family"
