@@ -155,8 +155,8 @@ def how_to_bring(folder: Path) -> str:
     there = f"; what is there is of commit {listing(held)}, or of another length" if held else ""
     place = "/".join(folder.parts[-4:])
     return (
-        "where there is a network, run 'python -m kelib data PROFILE', or the command that named the "
-        f"source; then bring data/hub_sources.lock.yaml and the folder {place}{there}"
+        "where there is a network, run 'python -m kelib data PROFILE', or the command that named "
+        f"the source; then bring data/hub_sources.lock.yaml and the folder {place}{there}"
     )
 
 
