@@ -359,7 +359,7 @@ def test_a_token_that_expired_is_not_shown(
 
 def test_reasons_show_neither_tokens_nor_addresses() -> None:
     error = OSError("GET https://me:pw@hub.example/x?token=1 with hf_abcDEF failed")
-    assert asking._reason(error) == "GET <address> with <token> failed"
+    assert asking.reason(error) == "GET <address> with <token> failed"
 
 
 def test_a_malformed_id_is_refused(there: SimpleNamespace) -> None:
