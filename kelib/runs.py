@@ -279,25 +279,25 @@ def execute(
     from kelib import workers as local
 
     total = Outcome(0, 0, 0.0)
-    for level in with_inputs(runs):
-        threads = max(1, workers // len(level))
-        missing = [run for run in level if not run.done]
-        total.skipped += len(level) - len(missing)
-        if not missing:
-            continue
-        kinds = "/".join(dict.fromkeys(run.kind for run in missing))
-        with Progress(f"{title}: {kinds}", len(missing)) as bar:
-            if executor == "slurm":
-                done = cluster.do_level(missing, cluster.load_cluster(), bar)
-            else:
-                done = local.do_level(missing, workers, threads, bar)
-        if failed := [f"{run.kind} {run.digest}: {reason}" for run, _, reason in done if reason]:
-            raise KelibError(
-                f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n"
-                + "\n".join(failed)
-            )
-        total.done += len(missing)
-        total.seconds += sum(seconds for _, seconds, _ in done)
+    with local.Workers(workers) as crew:
+        for level in with_inputs(runs):
+            missing = [run for run in level if not run.done]
+            total.skipped += len(level) - len(missing)
+            if not missing:
+                continue
+            kinds = "/".join(dict.fromkeys(run.kind for run in missing))
+            with Progress(f"{title}: {kinds}", len(missing)) as bar:
+                if executor == "slurm":
+                    done = cluster.do_level(missing, cluster.load_cluster(), bar)
+                else:
+                    done = local.do_level(missing, crew, max(1, workers // len(level)), bar)
+            if failed := [f"{run.kind} {run.digest}: {why}" for run, _, why in done if why]:
+                raise KelibError(
+                    f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n"
+                    + "\n".join(failed)
+                )
+            total.done += len(missing)
+            total.seconds += sum(seconds for _, seconds, _ in done)
     return total
 
 

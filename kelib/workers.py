@@ -56,24 +56,56 @@ def begin_worker(threads: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def do_level(missing: list[Run], workers: int, threads: int, bar: Progress) -> Attempts:
+class Workers:
+    """At most ``count`` local processes. They start when there is something to do, which takes
+    seconds each, and are kept while their threads stay the same.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.threads = count, 0
+        self._pool: ProcessPoolExecutor | None = None
+        self._others = set(multiprocessing.active_children())
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Wait until all of them have ended."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def pool(self, threads: int) -> ProcessPoolExecutor:
+        """The processes, with so many threads each."""
+        if self._pool is None or threads != self.threads:
+            self.end()
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count, spawn, begin_worker, (threads,))
+            self.threads = threads
+        return self._pool
+
+    def children(self) -> set[BaseProcess]:
+        """Those that run now."""
+        return set(multiprocessing.active_children()) - self._others
+
+
+def do_level(missing: list[Run], workers: Workers, threads: int, bar: Progress) -> Attempts:
     """Do runs that do not rest on each other, see :func:`kelib.runs.execute`.
 
     Raises KelibError if a worker was ended by the system, or could not start.
     """
     done: Attempts = []
     waiting: dict[Future[tuple[float, str]], Run] = {}
-    others, children = set(multiprocessing.active_children()), set()
-    begin, spawn = (begin_worker, (threads,)), multiprocessing.get_context("spawn")
+    pool, children = workers.pool(threads), set[BaseProcess]()
     try:
-        with (
-            worker_environment(threads),
-            ProcessPoolExecutor(min(workers, len(missing)), spawn, *begin) as pool,
-        ):
+        with worker_environment(threads):
             try:
                 for run in missing:
                     waiting[pool.submit(attempt, run)] = run
-                    children = set(multiprocessing.active_children()) - others
+                    children = workers.children()
                 while waiting:
                     finished, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                     for future in finished:
@@ -86,6 +118,7 @@ def do_level(missing: list[Run], workers: int, threads: int, bar: Progress) -> A
                     child.terminate()
                 raise
     except BrokenProcessPool as error:
+        workers.end()  # only then are the exit codes known
         raise KelibError(_broken(waiting.values(), children)) from error
     return done
 
