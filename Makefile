@@ -7,9 +7,10 @@ include env.mk
 
 # the code that computes; drawing, claims and notebooks are not part of it
 PLOTS := $(wildcard kelib/plots*.py)
+TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
-	planner.py plan_check.py plan_report.py calibration.py scale.py cluster.py),$(wildcard kelib/*.py))
+	planner.py plan_check.py plan_report.py calibration.py scale.py cluster.py),$(filter-out $(TRAJECTORY),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -36,6 +37,10 @@ endif
 # a profile of a published model has a stage and a figure of its own
 ifneq ($(call has,published),)
 FIGURES := ours_smollm2
+endif
+# and so has one that measures checkpoints along pretraining
+ifneq ($(call has,trajectory),)
+FIGURES := ours_trajectory
 endif
 # what drawing rests on: a change of the compute code alone does not redraw
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
@@ -72,7 +77,12 @@ $(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) |
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/5_published.ipynb -p profile=$(PROFILE) -p scratch=false
 
+$(MEASURED)/revisions.csv: notebooks/stages/8_trajectory.ipynb $(PARAMS) $(COMPUTE) $(TRAJECTORY) | $(READY)
+	@$(PY) -m kelib profile $(PROFILE)
+	@$(RUN) $< $(OUT)/8_trajectory.ipynb -p profile=$(PROFILE) -p scratch=false
+
 $(OUT)/ours_smollm2.json: $(MEASURED)/texts.csv
+$(OUT)/ours_trajectory.json: $(MEASURED)/revisions.csv
 $(AFTER_2:%=$(OUT)/%.json): $(MEASURED)/checkpoints.csv
 $(AFTER_3:%=$(OUT)/%.json): $(MEASURED)/continual.csv
 $(AFTER_4:%=$(OUT)/%.json): $(MEASURED)/interventions.csv notebooks/params/claims.yaml

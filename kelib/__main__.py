@@ -30,6 +30,10 @@ def _notebook(arguments: argparse.Namespace) -> None:
 def _profile(arguments: argparse.Namespace) -> None:
     from kelib.config import load_profile
 
+    if (trajectory := _trajectory(arguments.profile)) is not None:
+        chosen = trajectory.profile
+        print(f"profile {chosen.trajectory}, digest {chosen.digest}, model {chosen.model.source}")
+        return
     if (published := _published(arguments.profile)) is not None:
         chosen = published.profile
         print(f"profile {chosen.published}, digest {chosen.digest}, model {chosen.model.source}")
@@ -45,12 +49,22 @@ def _published(name: str) -> Any:
     return open_published(name) if name in published_profiles() else None
 
 
+def _trajectory(name: str) -> Any:
+    """The study of a trajectory profile, None for any other name."""
+    from kelib.trajectory import open_trajectory
+    from kelib.trajectory_profile import trajectory_profiles
+
+    return open_trajectory(name) if name in trajectory_profiles() else None
+
+
 def _data(arguments: argparse.Namespace) -> None:
     from kelib import hub_sources, sources
     from kelib.config import load_profile, repository_root
     from kelib.runs import execute
 
-    if (published := _published(arguments.profile)) is not None:
+    if (trajectory := _trajectory(arguments.profile)) is not None:
+        names = trajectory.profile.data  # checkpoints come one by one, while they are measured
+    elif (published := _published(arguments.profile)) is not None:
         names = published.profile.data
         execute([published.model_run()], 1, "model")
     else:
@@ -73,7 +87,9 @@ def _status(arguments: argparse.Namespace) -> None:
     from kelib.grid import STAGES, entropy_so_far, stage_runs
     from kelib.runs import count_states
 
-    if (published := _published(arguments.profile)) is not None:
+    if (trajectory := _trajectory(arguments.profile)) is not None:
+        grids = {8: trajectory.runs()}
+    elif (published := _published(arguments.profile)) is not None:
         asked = published.question_runs()
         grids = {5: [published.model_run(), *published.runs(), *asked]}
     else:
@@ -148,7 +164,7 @@ def _clean(arguments: argparse.Namespace) -> None:
     from kelib.config import repository_root
     from kelib.study import clean
 
-    if _published(arguments.profile) is None:
+    if _published(arguments.profile) is None and _trajectory(arguments.profile) is None:
         stages.open_study(arguments.profile)  # an unknown name is refused
     clean(arguments.profile, repository_root() / "data")
     shutil.rmtree(repository_root() / "figures" / arguments.profile, ignore_errors=True)

@@ -149,4 +149,5 @@ def _row(name: str, revision: Revision, folder: Path | None) -> pd.Series:
         raise KelibError(
             f"{revision.name} of {name} was not audited at commit {revision.commit[:12]}; {again}"
         )
-    return rows.fillna({"problems": "", "remarks": "", "files": ""}).iloc[0]
+    # as objects: a column without a single text is read as numbers
+    return rows.astype(object).fillna({"problems": "", "remarks": "", "files": ""}).iloc[0]

@@ -28,6 +28,13 @@ _CHANGED = (
     *_ENTROPY,
     *_EVALUATION,
 )
+_TRAJECTORY = (
+    *("trajectory_jobs", "published_jobs", "model_import", "archives", "pretrained", "packing"),
+    *("checkpoints", "convergence", "sources", "parsing", "corpus"),
+    *("world", "entries", "dice", "wordings"),
+    *_ENTROPY,
+    *_EVALUATION,
+)
 _MECHANISM = ("mechanism", "attribution", "decomposition", "sensitivity")
 CODE = {
     "corpus": (
@@ -55,6 +62,8 @@ CODE = {
         *("requests", "pretrained", "sources", "world", "entries", "dice", "wordings"),
         "tables:write_atomically",
     ),
+    "untrained": ("jobs:untrained", *_TRAJECTORY),
+    "trajectory": ("jobs:trajectory", *_TRAJECTORY),
     "continual": (
         *("jobs:continual", "training", "injection", "continual", "tables:write_atomically"),
         *_CHANGED,

@@ -23,6 +23,7 @@ STAGES = {
     5: "published",
     6: "mechanism",
     7: "branches",
+    8: "trajectory",
 }
 
 

@@ -316,6 +316,20 @@ def published(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
     published_jobs.published(settings, inputs, folder, progress)
 
 
+def trajectory(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """All entropies of one published checkpoint on every text."""
+    from kelib import trajectory_jobs
+
+    trajectory_jobs.trajectory(settings, inputs, folder, progress)
+
+
+def untrained(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Tiny untrained models that stand for the checkpoints of a trajectory."""
+    from kelib import trajectory_jobs
+
+    trajectory_jobs.untrained(settings, inputs, folder, progress)
+
+
 def asked(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
     """Accuracy of a published model on one set of four-way questions."""
     from kelib import published_questions

@@ -100,43 +100,63 @@ class PublishedProfile:
 
 def published_profiles() -> list[str]:
     """Names of the published profiles: YAML files of ``notebooks/params`` with that key."""
-    return sorted(
-        path.stem
-        for path in (repository_root() / "notebooks" / "params").glob("*.yaml")
-        if any(line.startswith("published:") for line in path.read_text("utf-8").splitlines())
-    )
+    return profiles_of_kind("published")
 
 
 def load_published(name: str, overrides: Mapping[str, Any] | None = None) -> PublishedProfile:
     """Read ``notebooks/params/<name>.yaml``; ``overrides`` are dotted keys, as ``{"sequences":
     64}``. Raises KelibError for an unknown name, key or value.
     """
-    if name not in published_profiles():
-        raise KelibError(
-            f"unknown published profile {name!r}: notebooks/params has "
-            f"{listing(published_profiles())}"
-        )
-    values = read_yaml(repository_root() / "notebooks" / "params" / f"{name}.yaml")
-    profile = published_from(values, overrides)
-    if profile.published != name:
-        raise KelibError(f"{name}.yaml calls itself {profile.published!r}; it must be {name!r}")
-    return profile
+    return load_kind(PublishedProfile, "published", name, overrides)
 
 
 def published_from(values: Any, overrides: Mapping[str, Any] | None = None) -> PublishedProfile:
     """Build a published profile from nested mappings and dotted ``overrides``."""
-    fields = listing(field_names(PublishedProfile))
+    return profile_from_values(PublishedProfile, "published", values, overrides)
+
+
+def profiles_of_kind(key: str) -> list[str]:
+    """Names of the YAML files of ``notebooks/params`` that have ``key`` where a study has
+    ``profile``.
+    """
+    return sorted(
+        path.stem
+        for path in (repository_root() / "notebooks" / "params").glob("*.yaml")
+        if any(line.startswith(f"{key}:") for line in path.read_text("utf-8").splitlines())
+    )
+
+
+def load_kind(kind: Any, key: str, name: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The profile ``name`` of those with ``key``, as the dataclass ``kind``; raises as
+    :func:`load_published`.
+    """
+    known = profiles_of_kind(key)
+    if name not in known:
+        raise KelibError(f"unknown {key} profile {name!r}: notebooks/params has {listing(known)}")
+    values = read_yaml(repository_root() / "notebooks" / "params" / f"{name}.yaml")
+    profile = profile_from_values(kind, key, values, overrides)
+    called = getattr(profile, key)
+    if called != name:
+        raise KelibError(f"{name}.yaml calls itself {called!r}; it must be {name!r}")
+    return profile
+
+
+def profile_from_values(
+    kind: Any, key: str, values: Any, overrides: Mapping[str, Any] | None = None
+) -> Any:
+    """A profile of the dataclass ``kind``, which has the field ``key``, from nested mappings."""
+    fields = listing(field_names(kind))
     if not isinstance(values, Mapping):
-        raise KelibError(f"a published profile must be a mapping with {fields}")
+        raise KelibError(f"a {key} profile must be a mapping with {fields}")
     nested = copy.deepcopy(dict(values))
     nested.pop("profile", None)  # parameters of a table, read back
     for dotted, value in (overrides or {}).items():
-        section, _, key = dotted.rpartition(".")
+        section, _, last = dotted.rpartition(".")
         place = nested.get(section) if section else nested
         if not isinstance(place, dict):
             raise KelibError(f"unknown key {dotted}: valid keys are {fields}")
-        place[key] = copy.deepcopy(value)
-    return build(PublishedProfile, nested)
+        place[last] = copy.deepcopy(value)
+    return build(kind, nested)
 
 
 @dataclass(frozen=True)
@@ -192,11 +212,14 @@ def open_published(
     the same for the same code and parameters.
     """
     profile = load_published(name, overrides)
-    data = repository_root() / "data"
-    if scratch:
-        folder = f"kelib-scratch-{library_digest()}-{profile.digest}"
-        data = Path(tempfile.gettempdir()) / folder
-    return PublishedStudy(profile, data)
+    return PublishedStudy(profile, data_folder(profile.digest, scratch))
+
+
+def data_folder(digest_of_profile: str, scratch: bool) -> Path:
+    """``data/``, or with ``scratch`` a temporary folder for this code and these parameters."""
+    if not scratch:
+        return repository_root() / "data"
+    return Path(tempfile.gettempdir()) / f"kelib-scratch-{library_digest()}-{digest_of_profile}"
 
 
 def measure_published(study: PublishedStudy) -> dict[str, pd.DataFrame]:

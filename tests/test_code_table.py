@@ -16,11 +16,15 @@ from kelib.config import load_profile
 from kelib.published import PublishedStudy, load_published
 from kelib.runs import Run
 from kelib.study import Study
+from kelib.trajectory import Trajectory
+from kelib.trajectory_profile import load_trajectory
 
 KELIB = Path(__file__).parents[1] / "kelib"
-# Settings are in the digest as values; errors, and how the hub is asked for a commit, change no
-# number; of the other two, which also hold what no run rests on, the table names single functions.
-LEFT_OUT = {"arms", "config", "errors", "hub", "jobs", "metrics", "schema", "sections"}
+# Settings are in the digest as values; errors, and how the hub is asked for a commit and its files
+# are fetched, change no number; of the other two, which also hold what no run rests on, the table
+# names single functions.
+LEFT_OUT = {"arms", "config", "errors", "jobs", "metrics", "schema", "sections"}
+LEFT_OUT |= {"checkpoint_files", "fetching", "hub"}
 # Jobs that use nothing of what jobs.py imports at its top: texts of gigabytes that other code names
 # would be fetched again for nothing.
 ALONE = {"hub_text", "packed_text"}
@@ -89,6 +93,8 @@ def run_of(kind: str) -> Run:
     runs["asked"] = other.question_runs()[0]
     runs["hub_text"] = Run("hub_text", Path("data"), {})
     runs["packed_text"] = Run("packed_text", Path("data"), {}, {"text": runs["hub_text"]})
+    runs["trajectory"] = Trajectory(load_trajectory("trajectory_smoke"), Path("data")).runs()[0]
+    runs["untrained"] = runs["trajectory"].inputs["checkpoints"]
     return runs[kind]
 
 
@@ -170,17 +176,20 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
     assert before == copied_code("training", "low + (1 - low)", "low + (  1 - low  )")
 
 
+ALONG = ("trajectory", "untrained")  # along published checkpoints
+
+
 @pytest.mark.parametrize(
     ("place", "kinds"),
     [
-        ("corpus", {"corpus", "import_model", "published"}),
+        ("corpus", {"corpus", "import_model", "published", *ALONG}),
         ("hub_text", {"hub_text", "packed_text"}),
         ("hub", set()),
         ("hub_sources", set()),
-        ("wordings", {"asked", "corpus", "import_model"}),
+        ("wordings", {"asked", "corpus", "import_model", *ALONG}),
         ("training", {"pretrain", "continual", "branch"}),
-        ("entropy", {"entropy", "intervene", "continual", "published"}),
-        ("scoring", {"asked", "evaluate", "intervene", "continual", "published"}),
+        ("entropy", {"entropy", "intervene", "continual", "published", *ALONG}),
+        ("scoring", {"asked", "evaluate", "intervene", "continual", "published", *ALONG}),
         ("interventions", {"intervene", "continual"}),
         ("decomposition", {"mechanism", "later", "reactivation"}),
         ("mechanism", {"mechanism", "later", "reactivation"}),
@@ -190,8 +199,8 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
         ("branches", {"branch"}),
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
-        ("convergence", {"entropy", "published"}),
-        ("metrics:knowledge_score", {"evaluate", "intervene", "continual", "published"}),
+        ("convergence", {"entropy", "published", *ALONG}),
+        ("metrics:knowledge_score", {"evaluate", "intervene", "continual", "published", *ALONG}),
         ("metrics:bootstrap_interval", set()),  # no stored number rests on these
         ("runs", set()),
         ("plots", set()),
