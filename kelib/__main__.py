@@ -14,8 +14,15 @@ from kelib.errors import KelibError
 def _notebook(arguments: argparse.Namespace) -> None:
     from kelib.notebooks import run_notebook
 
+    parameters = _parameters(arguments.parameter)
+    run_notebook(Path(arguments.notebook), Path(arguments.output), parameters)
+    print(f"{Path(arguments.notebook).name} -> {arguments.output}")
+
+
+def _parameters(pairs: list[str]) -> dict[str, Any]:
+    """Values by name; text that is not JSON is text."""
     parameters: dict[str, Any] = {}
-    for pair in arguments.parameter:
+    for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise KelibError(f"parameter {pair!r} must look like name=value")
@@ -23,8 +30,7 @@ def _notebook(arguments: argparse.Namespace) -> None:
             parameters[name] = json.loads(text)
         except json.JSONDecodeError:
             parameters[name] = text
-    run_notebook(Path(arguments.notebook), Path(arguments.output), parameters)
-    print(f"{Path(arguments.notebook).name} -> {arguments.output}")
+    return parameters
 
 
 def _profile(arguments: argparse.Namespace) -> None:
@@ -216,6 +222,36 @@ def _add_entropy(parser: argparse.ArgumentParser) -> None:
     add("--save", metavar="OUT.safetensors", help="write the sums, to load and merge later")
 
 
+def _learn(arguments: argparse.Namespace) -> None:
+    from kelib.learning import run
+
+    given = {name: value for name, value in vars(arguments).items() if name != "do"}
+    parameters = _parameters(given.pop("parameter"))
+    run({**given, "parameters": parameters})
+
+
+def _add_learn(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``learn``, named as :func:`kelib.learning.run` takes them."""
+    add = parser.add_argument
+    add("profile", help="protocol, precision, micro-batch: a profile of notebooks/params")
+    add(
+        "-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="of the profile"
+    )
+    add("--model", required=True, help="folder of a checkpoint, or id on the model hub")
+    add("--corpus", required=True, metavar="DIR", help="folder of packed sequences")
+    add("--out", required=True, metavar="DIR", help="for the result; a state until then")
+    add("--text", default="domain", help="domain (default) or general")
+    add("--entries", metavar="SOURCE", help="published passages (default: the generated world)")
+    add("--no-injection", dest="injected", action="store_false", help="the text alone")
+    add("--epochs", type=int, default=1, metavar="N", help="over the same sequences (default 1)")
+    add("--learning-rate", type=float, metavar="LR", help="peak (default: first of the profile)")
+    add("--seed", type=int, help="of the generated world (default: first of the profile)")
+    add("--cl-seed", type=int, help="of order and injection (default: first of the profile)")
+    add("--save-every", type=int, metavar="STEPS", help="between states (default: the profile's)")
+    add("--parallel", help="ddp or fsdp2 (default: as accelerate launch is configured, else ddp)")
+    add("--recompute", action="store_true", default=None, help="activations, in the backward pass")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, do it, return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m kelib", description=__doc__)
@@ -254,6 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--lock", type=Path, metavar="FILE", help="another lock of revisions")
     one.add_argument("--folder", type=Path, metavar="DIR", help="another place for the table")
     one.set_defaults(do=_audit)
+    one = commands.add_parser("learn", help="continual learning of one model, on one GPU or many")
+    _add_learn(one)
+    one.set_defaults(do=_learn)
     chosen = parser.parse_args(arguments)
     try:
         chosen.do(chosen)
