@@ -14,6 +14,7 @@ from kelib.published import load_published, published_profiles
 from kelib.results import Tables
 from kelib.study import peak_step
 from kelib.tables import read_provenance
+from kelib.trajectory_profile import load_trajectory, trajectory_profiles
 
 FIGURES = {
     "fig02_knowledge_entropy": ("2", "about -0.5 nats"),
@@ -50,6 +51,7 @@ FIGURES = {
     "ours_convergence": ("ours", "not reported"),
     "ours_plasticity_panel": ("ours", "not reported"),
     "ours_smollm2": ("ours", "OLMo-1B 99.5 % of its bound, other text"),
+    "ours_trajectory": ("2", "OLMo-1B 143.9 to 143.4 nats, 7B 297.6 to 297.0"),
     "tab00_claims": ("claims", "no intervals reported"),
 }
 
@@ -106,13 +108,18 @@ _STAGES = {
     "ours_reactivation": ("reactivation",),
     "ours_contrasts": (),
     "ours_smollm2": ("texts",),
+    "ours_trajectory": ("texts",),
     "tab00_claims": (),
 }
 
 
 def _minutes(tables: Tables, names: tuple[str, ...]) -> float:
     # tables are the same for any number of workers, so it is not in their parameters
-    loaded = load_published if tables.name in published_profiles() else load_profile
+    loaded: Callable[[str], Any] = load_profile
+    if tables.name in published_profiles():
+        loaded = load_published
+    elif tables.name in trajectory_profiles():
+        loaded = load_trajectory
     workers = loaded(tables.name).workers
     notes = [read_provenance(tables.folder / f"{name}.csv") for name in names]
     return sum(note["run_seconds"] / min(workers, note["runs"]) for note in notes) / 60
@@ -136,6 +143,8 @@ def _ours(name: str, tables: Tables) -> str:
         rows = rows[rows["step"] == rows["step"].max()].groupby("sequences")["mean"].mean()
         near = int(rows.index[np.abs(rows.index - 128).argmin()])
         return f"{near} sequences: {rows[near] - rows.iloc[-1]:+.3f} nats from {rows.index[-1]:,}"
+    if name == "ours_trajectory":
+        return f"`{tables.name}`: untrained models, its numbers mean nothing"
     if name == "ours_smollm2":
         rows = tables.table("totals").query("kind == 'knowledge' and coefficient == 'absolute'")
         shares = 100 * rows["entropy_nats"] / rows["bound_nats"]

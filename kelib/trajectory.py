@@ -24,6 +24,7 @@ from kelib.audit import refuse_bad
 from kelib.catalogue import catalogued, revisions_of
 from kelib.errors import KelibError, listing
 from kelib.fetching import GIB, fetching_ahead, make_room
+from kelib.hub_sources import text_runs
 from kelib.published import GENERATED, data_folder
 from kelib.results import Tables, open_tables
 from kelib.revisions import Revision, pick, read_name
@@ -102,7 +103,7 @@ class Trajectory:
         settings |= {"dtype": profile.model.dtype, "separator": profile.model.separator}
         settings |= {"revision": revision.name, "commit": revision.commit, "repo": None}
         home, files = self.measurements / KEY, {"sources": self.data / "sources"}
-        inputs = {}
+        inputs: dict[str, Run] = dict(text_runs(profile.data, self.data))
         if profile.model.is_generated:
             inputs["checkpoints"] = self._generated()
         elif profile.model.is_folder:
@@ -172,7 +173,7 @@ def measure_trajectory(study: Trajectory) -> dict[str, pd.DataFrame]:
         remarks = refuse_bad(model.source, study.revisions, model.accept, study.audits)
     missing = [run for run, fetched in zip(runs, on_hub, strict=True) if fetched and not run.done]
     with _ahead(study, missing) if missing else nullcontext():
-        execute(runs, profile.workers, KEY)
+        execute(runs, profile.workers, KEY, profile.executor)
     return _write(study, runs, remarks)
 
 

@@ -30,7 +30,7 @@ OF_A_RUN = (
     *("data", "seed", "sequences", "sequence_length", "batch_size", "definitions"),
     "loss_sequences",
 )
-_SHARED = ("workers", *OF_A_RUN)
+_SHARED = ("workers", "executor", *OF_A_RUN)
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class TrajectoryProfile:
     definitions: tuple[str, ...]
     loss_sequences: int
     cache_gib: float  # bound of the checkpoints that lie on the disk at once
+    executor: str = "local"  # or slurm: jobs of a cluster, with notebooks/params/cluster.yaml
 
     def __post_init__(self) -> None:
         shared = {name: getattr(self, name) for name in _SHARED}
@@ -93,6 +94,7 @@ class TrajectoryProfile:
     def parameters(self) -> dict[str, Any]:
         """All that can change a number, as JSON values, with the name under ``profile`` too."""
         plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(self, workers=1))))
+        del plain["executor"]
         return {"profile": self.trajectory, **plain}
 
     @property
