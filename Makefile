@@ -10,7 +10,7 @@ PLOTS := $(wildcard kelib/plots*.py)
 TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
-	planner.py plan_check.py plan_report.py calibration.py scale.py cluster.py learning.py learning_inputs.py sharding.py \
+	planner.py plan_check.py plan_report.py calibration.py miniature.py scale.py cluster.py learning.py learning_inputs.py sharding.py \
 	sharded_states.py),$(filter-out $(TRAJECTORY),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)

@@ -28,11 +28,10 @@ def finished_runs(study: Study | PublishedStudy) -> list[dict[str, Any]]:
 
 def check_table(study: Study | PublishedStudy, calibration: Calibration) -> pd.DataFrame:
     """Estimate beside measurement of finished runs, by kind, and in the last row in all: runs,
-    estimated and measured hours, their ratio, the ratio to as many runs of the median, and of the
-    lower quartile.
+    estimated and measured hours, their ratio, and the quartiles of the ratios of single runs (low,
+    median, high), which spread where runs shared the machine with other work.
 
-    The last two are lower than the first where runs shared the machine with other work. Raises
-    KelibError if no run is finished.
+    Raises KelibError if no run is finished.
     """
     rows = []
     for note in finished_runs(study):
@@ -49,16 +48,20 @@ def check_table(study: Study | PublishedStudy, calibration: Calibration) -> pd.D
             "the estimate with; run the profile first, or name another folder with --data"
         )
     runs = pd.DataFrame(rows, columns=["kind", "estimated", "measured"]).dropna()
-    groups = runs.groupby("kind")
-    table = groups[["estimated", "measured"]].sum()
-    table.insert(0, "runs", groups.size())
-    for name, share in (("median", 0.5), ("quartile", 0.25)):
-        table[name] = table["runs"] * groups["measured"].quantile(share)
-    table.loc["all"] = table.sum()
-    table["ratio"] = table["estimated"] / table["measured"]
-    for name in ("median", "quartile"):
-        table[f"ratio_{name}"] = table["estimated"] / table.pop(name)
-    return table.astype({"runs": int}).reset_index()
+    groups = dict(iter(runs.groupby("kind"))) | {"all": runs}
+    return pd.DataFrame([{"kind": kind, **_compared(group)} for kind, group in groups.items()])
+
+
+def _compared(runs: pd.DataFrame) -> dict[str, float]:
+    estimated, measured = runs["estimated"].sum(), runs["measured"].sum()
+    spread = (runs["estimated"] / runs["measured"]).quantile([0.25, 0.5, 0.75])
+    return {
+        "runs": len(runs),
+        "estimated": estimated,
+        "measured": measured,
+        "ratio": estimated / measured,
+        **dict(zip(("low", "median", "high"), spread, strict=True)),
+    }
 
 
 def refuse_bad_estimate(table: pd.DataFrame) -> None:

@@ -63,8 +63,9 @@ CHECK: dict[str, Column] = {
     "estimated": ("hours estimated", HUNDREDTHS),
     "measured": ("measured", HUNDREDTHS),
     "ratio": ("ratio", HUNDREDTHS),
-    "ratio_median": ("to the median", HUNDREDTHS),
-    "ratio_quartile": ("to the lower quartile", HUNDREDTHS),
+    "low": ("of single runs: lower quartile", HUNDREDTHS),
+    "median": ("median", HUNDREDTHS),
+    "high": ("upper quartile", HUNDREDTHS),
 }
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from kelib import archives, questions, stages
-from kelib.calibration import Calibration, class_of
+from kelib.calibration import Calibration
 from kelib.config import Profile, repository_root
 from kelib.errors import KelibError, listing
 from kelib.grid import missing_files, missing_text, needed_bytes, once, planned_runs
+from kelib.miniature import class_of
 from kelib.published import GENERATED, PublishedProfile, PublishedStudy
 from kelib.runs import Run
 from kelib.scale import DEVICES, PAPER, Shape, device_hours, paper_flops, training_memory
@@ -45,7 +46,7 @@ STAGE_OF = {
 class Cost:
     """Of one run. ``seconds``: estimate for this machine, NaN where there is none."""
 
-    kind: str  # its class, see kelib.calibration.class_of
+    kind: str  # its class, see kelib.miniature.class_of
     work: Work
     flops: float
     seconds: float
