@@ -125,7 +125,7 @@ def measure(profile: Profile) -> Calibration:
                         raise KelibError(f"calibration: {run.kind}: {reason}")
                     done += 1
                     bar.show(done)
-        spent = {name: _seconds(run.read("run.json")) for name, run in runs.items()}
+        spent = {name: own_seconds(run.read("run.json")) for name, run in runs.items()}
     works = {
         name: work_of(small, run.kind, run.settings, shape_of_profile(small))
         for name, run in runs.items()
@@ -182,11 +182,13 @@ def _import_all(_: int) -> None:
     from kelib import evaluation, jobs, mechanism, reactivation  # noqa: F401
 
 
-def _seconds(note: Mapping[str, Any]) -> float:
-    """What a run takes on a machine that does nothing else; several threads share its work."""
+def own_seconds(note: Mapping[str, Any]) -> float:
+    """Seconds of a finished run (its ``run.json``) had the machine done nothing else: those of its
+    processor where these are noted, fewer than passed, and no accelerator was at work."""
+    passed = float(note["seconds"])
     if shutil.which("nvidia-smi") is not None:
-        return float(note["seconds"])
-    return float(min(note["seconds"], note["cpu_seconds"]))
+        return passed
+    return min(passed, float(note.get("cpu_seconds", passed)))
 
 
 def _fitted(profile: Profile, spent: Mapping[str, float], works: Mapping[str, Work]) -> Calibration:

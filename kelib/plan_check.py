@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from kelib.calibration import Calibration
+from kelib.calibration import Calibration, own_seconds
 from kelib.errors import KelibError
 from kelib.planner import published_cost, study_cost
 from kelib.published import PublishedStudy
@@ -27,9 +27,9 @@ def finished_runs(study: Study | PublishedStudy) -> list[dict[str, Any]]:
 
 
 def check_table(study: Study | PublishedStudy, calibration: Calibration) -> pd.DataFrame:
-    """Estimate beside measurement of finished runs, by kind, and in the last row in all: runs,
-    estimated and measured hours, their ratio, and the quartiles of the ratios of single runs (low,
-    median, high), which spread where runs shared the machine with other work.
+    """Estimate beside measurement (:func:`kelib.calibration.own_seconds`) of finished runs, by kind
+    and, in the last row, of all: runs, estimated and measured hours, their ratio, and the quartiles
+    of the ratios of single runs (low, median, high), which spread where the machine was shared.
 
     Raises KelibError if no run is finished.
     """
@@ -41,7 +41,7 @@ def check_table(study: Study | PublishedStudy, calibration: Calibration) -> pd.D
             cost = study_cost(study.profile, kind, settings, shape, calibration)
         else:
             cost = published_cost(study.profile, kind, settings, calibration)
-        rows.append((cost.kind, cost.seconds / 3600, note["seconds"] / 3600))
+        rows.append((cost.kind, cost.seconds / 3600, own_seconds(note) / 3600))
     if not rows:
         raise KelibError(
             f"no run of {study.measurements.name} is finished in {study.data}: nothing to check "

@@ -91,8 +91,8 @@ def published_cost(
         tokens = (profile.sequences + profile.loss_sequences) * profile.sequence_length
     else:
         row = questions.question_sources().get(settings["questions"])
-        # four characters a token, four choices after the same context
-        tokens = 0 if row is None else row.text_bytes
+        # half of the text, the contexts, is read four times; four characters make a token
+        tokens = 0 if row is None else (4 + 1) * row.text_bytes // 2 // 4
     flops = 2.0 * parameters * tokens
     seconds = np.nan if calibration is None else calibration.flop_seconds * flops
     return Cost(kind, Work(measured=tokens), flops, seconds)

@@ -12,7 +12,7 @@ from kelib import calibration as calibration_module
 from kelib import corpus as corpus_module
 from kelib import miniature as miniature_module
 from kelib import planner
-from kelib.calibration import calibrate, calibrate_published
+from kelib.calibration import calibrate, calibrate_published, own_seconds
 from kelib.config import load_profile, profiles
 from kelib.errors import KelibError
 from kelib.miniature import class_of, miniature, sample_runs
@@ -110,10 +110,11 @@ def test_a_calibration_is_kept_for_its_machine_and_settings(made, profile, monke
 def test_the_processor_is_timed_where_no_accelerator_is_at_work(monkeypatch):
     note = {"seconds": 30.0, "cpu_seconds": 12.0}
     monkeypatch.setattr(calibration_module.shutil, "which", lambda name: None)
-    assert calibration_module._seconds(note) == 12
-    assert calibration_module._seconds({"seconds": 30.0, "cpu_seconds": 55.0}) == 30  # two threads
+    assert own_seconds(note) == 12
+    assert own_seconds({"seconds": 30.0, "cpu_seconds": 55.0}) == 30  # two threads
+    assert own_seconds({"seconds": 30.0}) == 30  # of a run older than that note
     monkeypatch.setattr(calibration_module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert calibration_module._seconds(note) == 30
+    assert own_seconds(note) == 30
 
 
 def test_times_that_make_no_sense_are_refused(profile):

@@ -12,7 +12,7 @@ import pytest
 
 from kelib import plan_report, planner
 from kelib.__main__ import main
-from kelib.calibration import Calibration
+from kelib.calibration import Calibration, own_seconds
 from kelib.config import load_profile, repository_root
 from kelib.errors import KelibError
 from kelib.miniature import class_of
@@ -141,7 +141,7 @@ def test_estimates_are_compared_with_finished_runs(short_study, even):
     notes = finished_runs(study)
     spent = {}
     for note in notes:
-        spent.setdefault(class_of(note["kind"], note["settings"]), []).append(note["seconds"])
+        spent.setdefault(class_of(note["kind"], note["settings"]), []).append(own_seconds(note))
     table = check_table(study, even).set_index("kind")
     assert set(table.index) == {*spent, "all"}
     assert table.loc["evaluate", "runs"] == len(spent["evaluate"]) == 4
@@ -213,7 +213,7 @@ def test_the_check_of_a_plan_is_a_command(short_study, monkeypatch, capsys):
     notes = finished_runs(short_study.study)
     mean = {}
     for note in notes:
-        mean.setdefault(class_of(note["kind"], note["settings"]), []).append(note["seconds"])
+        mean.setdefault(class_of(note["kind"], note["settings"]), []).append(own_seconds(note))
     fixed = {name: sum(values) / len(values) for name, values in mean.items()}
 
     class Exact(Calibration):
