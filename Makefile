@@ -29,12 +29,13 @@ AFTER_4 := fig05_resuscitation tab00_claims ours_correlations $(if $(call has,ar
 AFTER_6 := $(if $(call has,mechanism),ours_gradient_shares ours_memory_sources ours_sensitivity) \
 	$(if $(call has,retention),ours_retention) $(if $(call has,reactivation),ours_reactivation)
 AFTER_7 := $(if $(call has,branches),ours_annealing ours_weight_decay)
-LATE := $(if $(strip $(AFTER_6)),$(OUT)/6_mechanism.ipynb) $(if $(AFTER_7),$(OUT)/7_branches.ipynb)
-FIGURES := $(AFTER_2) $(AFTER_3) $(AFTER_4) $(AFTER_6) $(AFTER_7) ours_contrasts
-# two families are compared before any continual learning
-ifeq ($(PROFILE),families)
-FIGURES := fig06_other_family
-endif
+AFTER_9 := $(if $(call has,regimes),ours_regimes)
+LATE := $(if $(strip $(AFTER_6)),$(OUT)/6_mechanism.ipynb) $(if $(AFTER_7),$(OUT)/7_branches.ipynb) \
+	$(if $(AFTER_9),$(OUT)/9_regimes.ipynb)
+FIGURES := $(AFTER_2) $(AFTER_3) $(AFTER_4) $(AFTER_6) $(AFTER_7) $(AFTER_9) ours_contrasts
+# a profile may name its figures
+NAMED := $(shell sed -n 's/^figures: *\[\(.*\)\].*/\1/p' '$(PARAMS)' 2>/dev/null | tr ',' ' ')
+FIGURES := $(or $(strip $(NAMED)),$(FIGURES))
 # a profile of a published model has a stage and a figure of its own
 ifneq ($(call has,published),)
 FIGURES := ours_smollm2
@@ -74,6 +75,12 @@ $(OUT)/7_branches.ipynb: notebooks/stages/7_branches.ipynb $(MEASURED)/intervent
 		$(filter %/6_mechanism.ipynb,$(LATE))
 	@$(RUN) $< $@ -p profile=$(PROFILE) -p scratch=false
 
+# rests on no other stage, but waits for those that a profile has
+$(OUT)/9_regimes.ipynb: notebooks/stages/9_regimes.ipynb $(PARAMS) $(COMPUTE) \
+		$(if $(NAMED),,$(filter-out %/9_regimes.ipynb,$(LATE))) | $(READY)
+	@$(PY) -m kelib profile $(PROFILE)
+	@$(RUN) $< $@ -p profile=$(PROFILE) -p scratch=false
+
 $(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/5_published.ipynb -p profile=$(PROFILE) -p scratch=false
@@ -89,6 +96,7 @@ $(AFTER_3:%=$(OUT)/%.json): $(MEASURED)/continual.csv
 $(AFTER_4:%=$(OUT)/%.json): $(MEASURED)/interventions.csv notebooks/params/claims.yaml
 $(AFTER_6:%=$(OUT)/%.json): $(OUT)/6_mechanism.ipynb
 $(AFTER_7:%=$(OUT)/%.json): $(OUT)/7_branches.ipynb
+$(AFTER_9:%=$(OUT)/%.json): $(OUT)/9_regimes.ipynb
 $(OUT)/ours_contrasts.json: $(MEASURED)/interventions.csv notebooks/params/contrasts.yaml $(LATE)
 $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
 	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements

@@ -119,6 +119,7 @@ def branch_run(study: Study, seed: int, branch: Branch) -> Run:
         "kept": [step for step in study.near_stages() if start < step < end],
         "weight_decay": decay if branch.weight_decay is None else branch.weight_decay,
         "annealed": branch.annealed,
+        "final_share": branch.final_share,
     }
     run = study.from_checkpoint("branch", seed, start, more)
     settings = {**run.settings, "digest": digest(dict(run.settings))}

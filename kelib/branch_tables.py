@@ -21,12 +21,18 @@ WHICH = ["seed", "branch", "step"]
 NORMS = ["value_norm", "key_norm"]  # of the plasticity panel: weight decay moves these first
 
 
+def knowledge_rows(run: Run) -> pd.DataFrame:
+    """Of the entropies that a run measured, the study's own: knowledge entropy on the mixture."""
+    wanted = {"data": "mixture", "kind": "knowledge", "coefficient": "absolute"}
+    rows = run.read_table("entropies.csv")
+    return rows[(rows[list(wanted)] == list(wanted.values())).all(axis=1)]
+
+
 def branch_entropy_table(study: Study, entropy: pd.DataFrame) -> pd.DataFrame:
     """Knowledge entropy by seed, branch, step and layer (nats, with its bound).
 
     ``entropy`` is the trunk's table.
     """
-    wanted = {"data": "mixture", "kind": "knowledge", "coefficient": "absolute"}
     columns = ["layer", "entropy_nats", "bound_nats"]
     parts = []
     for branch, run in branch_runs(study):
@@ -34,8 +40,7 @@ def branch_entropy_table(study: Study, entropy: pd.DataFrame) -> pd.DataFrame:
         of_start = entropy[(entropy["seed"] == seed) & (entropy["step"] == start)]
         found = {start: of_start}
         for step in steps_of(run):
-            rows = study.entropy_run(seed, step, branch=run).read_table("entropies.csv")
-            found[step] = rows[(rows[list(wanted)] == list(wanted.values())).all(axis=1)]
+            found[step] = knowledge_rows(study.entropy_run(seed, step, branch=run))
         for step, rows in found.items():
             place = {"seed": seed, "branch": branch.name, "step": step}
             parts.append(rows[columns].assign(**place)[[*place, *columns]])

@@ -47,13 +47,19 @@ class Schedule:
 
 
 def branch_schedule(
-    plan: Pretraining, start: int, end: int, weight_decay: float, annealed: bool
+    plan: Pretraining,
+    start: int,
+    end: int,
+    weight_decay: float,
+    annealed: bool,
+    final_share: float | None = None,
 ) -> Schedule:
     """The schedule from step ``start`` to step ``end`` of the trunk, whose plan is ``plan``.
 
     Not annealed: that of the trunk with another weight decay. Annealed: ``n = end - start`` steps,
     ``lr(i) = r (f + (1 - f) (1 + cos(pi i / n)) / 2)`` from ``r``, the rate of the trunk's next
-    step, towards ``f r``, the rate the trunk decays towards (``final_share`` of its peak).
+    step, towards ``f r``, which is ``final_share`` of the trunk's peak (None: the share that the
+    trunk decays to).
 
     Raises KelibError for steps that pretraining has no text for, and for an annealing that would
     raise the rate.
@@ -67,7 +73,8 @@ def branch_schedule(
     if not annealed:
         return Schedule(0, plan.steps, plan.learning_rate, same)
     rate = learning_rate_at(start, plan.steps, plan.learning_rate, plan.optimizer)
-    final = plan.optimizer.final_share * plan.learning_rate
+    share = plan.optimizer.final_share if final_share is None else final_share
+    final = share * plan.learning_rate
     if rate < final:
         raise KelibError(
             f"the learning rate of pretraining at step {start} is {rate:g}, it must be at least "
@@ -97,7 +104,8 @@ def branch(
     packed = load_corpus(inputs["corpus"])
     plan = convert(Pretraining, settings["pretraining"], "pretraining")
     start, end, seed = settings["step"], settings["end"], settings["seed"]
-    schedule = branch_schedule(plan, start, end, settings["weight_decay"], settings["annealed"])
+    how = (settings[name] for name in ("weight_decay", "annealed", "final_share"))
+    schedule = branch_schedule(plan, start, end, *how)
     origin = step_folder(inputs["pretrain"], start)
     model, _ = load_checkpoint(origin, settings["pretrain"])
     if not (origin / OPTIMIZER).exists():

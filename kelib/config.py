@@ -15,6 +15,7 @@ from typing import Any
 
 from kelib.arms import Interventions
 from kelib.errors import KelibError, listing
+from kelib.recipes import Branch, Branches, Regime, Regimes
 from kelib.schema import (
     at_least,
     at_least_each,
@@ -29,8 +30,6 @@ from kelib.schema import (
 from kelib.sections import (
     PROTOCOL,
     TEXTS,
-    Branch,
-    Branches,
     Continual,
     Corpus,
     Mechanism,
@@ -56,6 +55,8 @@ __all__ = [
     "Pretraining",
     "Profile",
     "Reactivation",
+    "Regime",
+    "Regimes",
     "Retention",
     "Training",
     "Variant",
@@ -76,7 +77,9 @@ OPTIONAL = {
     "retention": "continual",
     "reactivation": "interventions",
     "branches": "continual",
+    "regimes": "continual",
 }
+KEPT = ("mechanism", "retention", "reactivation")  # of these, what looks into kept weights
 
 
 def repository_root() -> Path:
@@ -111,7 +114,9 @@ class Profile:
     retention: Retention | None = None
     reactivation: Reactivation | None = None
     branches: Branches | None = None
+    regimes: Regimes | None = None
     executor: str = "local"  # or slurm: jobs of a cluster, with notebooks/params/cluster.yaml
+    figures: tuple[str, ...] = ()  # what make figures draws; none: all that the sections allow
 
     def __post_init__(self) -> None:
         at_least(self, workers=1)
@@ -146,7 +151,7 @@ class Profile:
                 f"rates of {of}.learning_rates {allowed}",
             )
             require(
-                name == "branches" or self.continual.curve_seeds != (),
+                name not in KEPT or self.continual.curve_seeds != (),
                 "continual.curve_seeds",
                 self.continual.curve_seeds,
                 f"at least one seed where there is a section {name}: only their runs keep the "
@@ -155,12 +160,15 @@ class Profile:
 
         for branch in self.branches.branches if self.branches is not None else ():
             branch.span(self.pretraining)  # refused here, before anything is computed
+        for regime in self.regimes.regimes if self.regimes is not None else ():
+            stages = self.pretraining.nearest_steps(self.continual.stages)
+            regime.recipe(self.pretraining, stages)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """All that can change a number: not how many workers share the work, nor where."""
+        """All that can change a number: not who shares the work, nor where, nor what is drawn."""
         values = dataclasses.asdict(dataclasses.replace(self, workers=1))
-        del values["executor"]
+        del values["executor"], values["figures"]
         return values
 
     @property
@@ -170,6 +178,9 @@ class Profile:
         for name in OPTIONAL:  # profiles older than a section keep their digest
             if values[name] is None:
                 del values[name]
+        for branch in (values.get("branches") or {}).get("branches", ()):  # nor than a key
+            if branch["final_share"] is None:
+                del branch["final_share"]
         return digest(values)
 
 

@@ -175,9 +175,9 @@ def judged(contrasts: tuple[Contrast, ...], found: pd.DataFrame) -> pd.DataFrame
     return pd.DataFrame(rows).reindex(columns=[*first, *shown])
 
 
-def judged_contrasts(tables: Tables) -> pd.DataFrame:
-    """The declared contrasts of the repository, judged on measurement tables."""
-    declared = load_contrasts(repository_root() / "notebooks" / "params" / "contrasts.yaml")
+def judged_contrasts(tables: Tables, name: str = "contrasts") -> pd.DataFrame:
+    """The contrasts declared in ``notebooks/params/<name>.yaml``, judged on measurement tables."""
+    declared = load_contrasts(repository_root() / "notebooks" / "params" / f"{name}.yaml")
     return judged(declared, differences(declared, tables.optional, rates_of(tables.profile)))
 
 

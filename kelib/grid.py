@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kelib import beyond, sources
+from kelib import beyond, regimes, sources
 from kelib.errors import KelibError
+from kelib.figure_stages import stages_behind
 from kelib.runs import Run, with_inputs
 from kelib.study import Study
 from kelib.tables import read_table
@@ -24,11 +25,13 @@ STAGES = {
     6: "mechanism",
     7: "branches",
     8: "trajectory",
+    9: "regimes",
 }
 
 
 def stage_runs(study: Study, entropy: pd.DataFrame | None) -> dict[int, list[Run]]:
-    """The runs that each stage asks for, without those they rest on.
+    """The runs that each stage asks for, without those they rest on; only of the stages behind the
+    figures, where the profile names some.
 
     Stages 3 and 6 begin at the stages of continual learning, which ``entropy`` says; they are left
     out without it.
@@ -39,11 +42,14 @@ def stage_runs(study: Study, entropy: pd.DataFrame | None) -> dict[int, list[Run
         2: [*study.measure_runs(), *study.entities_runs()],
         4: [*study.intervene_runs(), *continued],
         7: beyond.departures(study),
+        9: regimes.regime_runs(study),
     }
     if entropy is not None:
         runs[3] = [run for _, run in study.continual_grid(entropy)]
         runs[6] = beyond.looks(study, entropy)
-    return dict(sorted(runs.items()))
+    named = study.profile.figures
+    wanted = stages_behind(named) if named else set(runs)
+    return {stage: asked for stage, asked in sorted(runs.items()) if stage in wanted}
 
 
 def entropy_so_far(study: Study) -> pd.DataFrame | None:

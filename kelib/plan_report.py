@@ -17,6 +17,7 @@ import pandas as pd
 from kelib import planner, stages
 from kelib.calibration import Calibration, calibrate, calibrate_published
 from kelib.config import repository_root
+from kelib.figure_stages import figures_of
 from kelib.grid import STAGES, free_bytes, refuse_small_disk
 from kelib.plan_check import check_table, refuse_bad_estimate
 from kelib.published import PublishedStudy, open_published, published_profiles
@@ -129,8 +130,7 @@ def plan(
             f"{chosen.workers}, without reading text for the first time."
         )
     if isinstance(study, Study):
-        of_profile = planner.tables_of(study.profile)
-        table = planner.figures_table(runs, figures or planner.figures_of(of_profile))
+        table = planner.figures_table(runs, figures or figures_of(study.profile))
         _print("Figures, with all the runs they rest on", table, FIGURES, counts_only)
         title = f"The same grid with the paper's models and tokens, MFU {mfu:g}, no pretraining"
         _print(title, planner.paper_table(runs, mfu), PAPER)

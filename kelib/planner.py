@@ -7,8 +7,6 @@ by :mod:`kelib.plan_check`, against the runs that are finished.
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kelib import archives, questions, stages
+from kelib import archives, questions
 from kelib.calibration import Calibration
-from kelib.config import Profile, repository_root
-from kelib.errors import KelibError, listing
+from kelib.config import Profile
+from kelib.figure_stages import stages_behind
 from kelib.grid import missing_files, missing_text, needed_bytes, once, planned_runs
 from kelib.miniature import class_of
 from kelib.published import GENERATED, PublishedProfile, PublishedStudy
@@ -30,16 +28,6 @@ from kelib.workload import Work, shape_of_run, work_of
 
 LEARNING = ("continual", "later")  # kinds of runs that the paper's protocol trains
 DEVICE_TOKENS = 8192  # at once on a device, for its memory
-
-# tables by the stage that writes them
-STAGE_OF = {
-    **dict.fromkeys(["pretraining"], 1),
-    **dict.fromkeys(stages.MEASURED, 2),
-    **dict.fromkeys(["curves", "variants", "continual"], 3),
-    **dict.fromkeys(["arms", "interventions"], 4),
-    **dict.fromkeys([*stages.MECHANISM, "retention", "reactivation"], 6),
-    **dict.fromkeys(stages.BRANCHES, 7),
-}
 
 
 @dataclass(frozen=True)
@@ -160,74 +148,19 @@ def figures_table(runs: pd.DataFrame, figures: Iterable[str]) -> pd.DataFrame:
     """What each figure rests on: its stage, and of all the runs up to it how many there are, how
     many are open, and the hours of one process for all and for the open ones.
 
-    Stages 6 and 7 rest on 1 to 4, not on each other. Raises KelibError for a figure that has no
-    notebook.
+    Raises KelibError for a figure that has no notebook.
     """
     rows = []
     for figure in figures:
-        stage = figure_stage(figure)
-        needed = runs[(runs["stage"] <= min(stage, 4)) | (runs["stage"] == stage)]
+        behind = stages_behind([figure])
+        needed = runs[runs["stage"].isin(behind)]
+        stage = max(behind & set(runs["stage"]), default=max(behind))
         left = needed[~needed["done"]]
         hours = [part["seconds"].sum(min_count=1) / 3600 for part in (needed, left)]
         rows.append((figure, stage, len(needed), len(left), *hours))
     columns = ["figure", "stage", "runs", "open", "hours", "hours_open"]
     table = pd.DataFrame(rows, columns=columns)
     return table.sort_values("stage", kind="stable", ignore_index=True)
-
-
-def figure_stage(figure: str) -> int:
-    """The stage after which a figure can be drawn: the last of the tables that its notebook saves
-    it with, or where these are not written out, that it names. One that names none rests on all.
-    """
-    stages_of_tables = [STAGE_OF[name] for name in figure_tables(figure)]
-    return max(stages_of_tables, default=max(STAGE_OF.values()))
-
-
-def figure_tables(figure: str) -> set[str]:
-    """Tables of a study that a figure is saved with, or that its notebook names, see
-    :func:`figure_stage`. KelibError if it has no notebook."""
-    path = repository_root() / "notebooks" / f"{figure}.ipynb"
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except OSError as error:
-        there = [p.stem for p in path.parent.glob("*.ipynb")]
-        raise KelibError(f"no notebook {path.name}; notebooks has {listing(there, 60)}") from error
-    named, saved = set(), set()
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    for node in (node for text in code for node in ast.walk(ast.parse(text))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            named.add(node.value)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "save_figure":
-            inputs = node.args[-1]
-            if isinstance(inputs, ast.List):
-                saved |= {getattr(item, "value", "") for item in inputs.elts}
-    return {name for name in saved or named if name in STAGE_OF}
-
-
-def figures_of(tables: set[str]) -> list[str]:
-    """Figures whose notebooks need no other tables than these. What else a figure needs of a
-    profile (a variant, a second model) is for ``make`` to know, which names the figures itself.
-    """
-    found = []
-    for path in sorted((repository_root() / "notebooks").glob("*.ipynb")):
-        needed = figure_tables(path.stem)
-        if needed and needed <= tables and path.stem != "ours_search":
-            found.append(path.stem)
-    return found
-
-
-def tables_of(profile: Profile) -> set[str]:
-    """Names of the tables that a profile writes."""
-    optional = {
-        "curves": profile.continual.curve_seeds,
-        "variants": profile.continual.variants,
-        "arms": profile.interventions.arms,
-        **dict.fromkeys(stages.MECHANISM, profile.mechanism),
-        "retention": profile.retention,
-        "reactivation": profile.reactivation,
-        **dict.fromkeys(stages.BRANCHES, profile.branches),
-    }
-    return {name for name in STAGE_OF if optional.get(name, True)}
 
 
 def paper_table(runs: pd.DataFrame, mfu: float) -> pd.DataFrame:

@@ -17,10 +17,9 @@ from matplotlib.axes import Axes
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
 from kelib.plots import COLOURS, MARKERS, bounds
+from kelib.recipes import SAVED, TRUNK
 from kelib.trends import interval_words, over_seeds
 
-SAVED = "as saved"
-TRUNK = "trunk"
 RUN = ["seed", "learning_rate", "cl_seed"]
 
 

@@ -17,10 +17,10 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from safetensors import SafetensorError
@@ -29,6 +29,9 @@ from kelib.code_table import code_digest
 from kelib.config import EXECUTORS, digest
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
+
+if TYPE_CHECKING:
+    from kelib.workers import Workers
 
 # glibc hands large blocks back to the system at once and pays for fresh pages at every step;
 # keeping them made a training step of the small model up to 1.9 times faster with both cores busy.
@@ -261,10 +264,13 @@ def with_inputs(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def execute(
-    runs: Iterable[Run], workers: int, title: str = "runs", executor: str = "local"
+    runs: Iterable[Run], workers: int | Workers, title: str = "runs", executor: str = "local"
 ) -> Outcome:
     """Do what is missing of ``runs`` and of their inputs, on ``workers`` local processes, or with
     ``executor="slurm"`` as jobs of a cluster (see :mod:`kelib.cluster`).
+
+    A :class:`kelib.workers.Workers` is used and kept; a number of processes start when there is
+    something to do, and end with the call.
 
     Each process has one thread (two runs on one thread each beat one run on two); a level with
     fewer runs than workers shares the threads out. A failed run does not stop the others; at the
@@ -279,7 +285,8 @@ def execute(
     from kelib import workers as local
 
     total = Outcome(0, 0, 0.0)
-    with local.Workers(workers) as crew:
+    with ExitStack() as ended:
+        crew = ended.enter_context(local.Workers(workers)) if isinstance(workers, int) else workers
         for level in with_inputs(runs):
             missing = [run for run in level if not run.done]
             total.skipped += len(level) - len(missing)
@@ -290,7 +297,7 @@ def execute(
                 if executor == "slurm":
                     done = cluster.do_level(missing, cluster.load_cluster(), bar)
                 else:
-                    done = local.do_level(missing, crew, max(1, workers // len(level)), bar)
+                    done = local.do_level(missing, crew, max(1, crew.count // len(level)), bar)
             if failed := [f"{run.kind} {run.digest}: {why}" for run, _, why in done if why]:
                 raise KelibError(
                     f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n"

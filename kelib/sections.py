@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 from kelib.errors import listing
 from kelib.schema import at_least, at_least_each, require, unique, within
@@ -14,7 +15,6 @@ from kelib.world import WorldSize
 
 PROTOCOL = "protocol"  # continual learning as the paper does it
 TEXTS = {"domain": "domain", "general": "unread"}  # what is continued on -> its blocks
-NEAR_START = 0.02  # of pretraining: how far from its start a branch may begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,14 @@ class Pretraining:
             self.optimizer_states,
             f"steps among the checkpoints {kept}",
         )
+
+    def nearest_steps(self, shares: Iterable[float]) -> list[int]:
+        """Steps of the checkpoints nearest to shares of pretraining, in order, each once."""
+        found = [
+            min(self.checkpoints, key=lambda step: abs(step - share * self.steps))
+            for share in sorted(shares)
+        ]
+        return list(dict.fromkeys(found))
 
     def rate_at(self, step: int) -> float:
         """Learning rate of ``step`` (from 0) for those who must not import torch; the same as
@@ -279,78 +287,3 @@ class Reactivation:
     def __post_init__(self) -> None:
         unique(self, "learning_rates")
         at_least(self, draws=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Branch:
-    """A second way on from a checkpoint of pretraining (the trunk), with its weights, its moments
-    and the next batches of its mixture."""
-
-    name: str
-    start: float  # share of pretraining, met by the nearest step of pretraining.optimizer_states
-    steps: int | None = None  # None: to the end of pretraining
-    weight_decay: float | None = None  # None: that of pretraining
-    annealed: bool = False  # the rate decays over the branch to the final one of pretraining
-
-    def __post_init__(self) -> None:
-        require(self.name != "", "branch.name", self.name, "a name")
-        require(0 < self.start <= 1, "branch.start", self.start, "between 0 (exclusive) and 1")
-        if self.steps is not None:
-            at_least(self, steps=1)
-        if self.weight_decay is not None:
-            within(self, 0, math.inf, "weight_decay")
-        require(
-            self.steps is not None or not self.annealed,
-            "branch.steps",
-            self.steps,
-            f"a number of steps: {self.name!r} is annealed over them",
-        )
-
-    def span(self, pretraining: Pretraining) -> tuple[int, int]:
-        """(step where it leaves the trunk, step where it ends).
-
-        Raises KelibError if no moments were kept within 2 % of pretraining from ``start``, if the
-        text of pretraining does not reach so far, and for a branch that would be the trunk again.
-        """
-        total, kept = pretraining.steps, pretraining.optimizer_states
-        near = [s for s in kept if abs(s - self.start * total) <= NEAR_START * total]
-        require(
-            near != [],
-            "branch.start",
-            self.start,
-            f"within {NEAR_START:g} of a step of pretraining.optimizer_states {kept}, which is "
-            f"where {self.name!r} can begin; add the step {round(self.start * total)} to them",
-        )
-        start = min(near, key=lambda step: abs(step - self.start * total))
-        end = total if self.steps is None else start + self.steps
-        require(
-            start < end <= total,
-            "branch.steps",
-            self.steps,
-            f"at least 1 and at most {total - start}: {self.name!r} leaves at step {start}, and "
-            f"pretraining has text for {total} steps",
-        )
-        decay = pretraining.optimizer.weight_decay
-        require(
-            self.annealed or self.weight_decay not in (None, decay),
-            "branch.weight_decay",
-            self.weight_decay,
-            f"another one than {decay:g}, or annealed true: else {self.name!r} is pretraining "
-            "itself",
-        )
-        return start, end
-
-
-@dataclasses.dataclass(frozen=True)
-class Branches:
-    """Branches of every pretraining seed, and the continual learning from where they end."""
-
-    learning_rates: tuple[float, ...]  # of continual learning, injected, with one CL seed
-    branches: tuple[Branch, ...]
-
-    def __post_init__(self) -> None:
-        unique(self, "learning_rates", "branches")
-        names = [branch.name for branch in self.branches]
-        require(
-            len(set(names)) == len(names), "branches.branches", names, "a list of distinct names"
-        )

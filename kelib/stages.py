@@ -26,7 +26,15 @@ from kelib.beyond_tables import over_layers, reactivation_table, retention_table
 from kelib.branch_tables import branch_entropy_table, branch_learning_table, branch_table
 from kelib.config import PROTOCOL, load_profile, repository_root
 from kelib.errors import KelibError
+from kelib.figure_stages import BRANCHES, MEASURED, MECHANISM
 from kelib.grid import require_space
+from kelib.regimes import (
+    regime_grid,
+    regime_learning_table,
+    regime_places,
+    regime_runs,
+    regimes_table,
+)
 from kelib.runs import Run
 from kelib.study import Study
 from kelib.study_tables import (
@@ -39,11 +47,6 @@ from kelib.study_tables import (
     save_coefficients,
 )
 from kelib.tables import library_digest, provenance, read_provenance, read_table, write_table
-
-MEASURED = ("entropy", "entropies", "panel", "convergence", "entities", "checkpoints")
-TABLES = ("pretraining", *MEASURED, "curves", "variants", "continual", "arms", "interventions")
-BRANCHES = ("branches", "branch_entropy", "branch_learning")
-MECHANISM = ("gradients", "shares", "carriers", "overlap", "noise", "steps")
 
 
 def open_study(
@@ -210,6 +213,24 @@ def branches(study: Study) -> dict[str, pd.DataFrame]:
         name: _write(study, name, rows, inputs, runs[name])
         for name, rows in zip(BRANCHES, (known, layers, learned), strict=True)
     }
+
+
+def regimes(study: Study) -> dict[str, pd.DataFrame]:
+    """Stage 9: pretraining by other recipes from the first step, see :mod:`kelib.regimes`; what
+    is known at every checkpoint, and continual learning from every stage. The tables of
+    :data:`kelib.figure_stages.REGIMES`.
+
+    Rests on no other stage; what stage 1 pretrained is not pretrained again. Raises KelibError for
+    a profile without that section.
+    """
+    grid = regime_grid(study)
+    require_space(study)
+    study.run(regime_runs(study), "regimes")
+    measured = [run for at in regime_places(study) for run in (at.entropy, at.evaluated)]
+    known = _write(study, "regimes", regimes_table(study), [], measured)
+    rows, runs = regime_learning_table(study, known), [run for _, run in grid]
+    learned = _write(study, "regime_learning", rows, [], runs)
+    return {"regimes": known, "regime_learning": learned}
 
 
 def retain(study: Study) -> pd.DataFrame:

@@ -130,14 +130,7 @@ class Study:
 
     def near_stages(self) -> list[int]:
         """Steps of the checkpoints nearest to the shares of ``continual.stages``, in order."""
-        return self.nearest_steps(self.profile.continual.stages)
-
-    def nearest_steps(self, shares: Iterable[float]) -> list[int]:
-        """Steps of the checkpoints nearest to shares of pretraining, in order, each once."""
-        plan = self.profile.pretraining
-        steps = np.array(plan.checkpoints)
-        nearest = (np.abs(steps - share * plan.steps).argmin() for share in sorted(shares))
-        return list(dict.fromkeys(int(steps[at]) for at in nearest))
+        return self.profile.pretraining.nearest_steps(self.profile.continual.stages)
 
     def continual_run(
         self,
@@ -238,7 +231,8 @@ class Study:
         return grid
 
     def _places(self, shares: Iterable[float]) -> list[tuple[int, int]]:
-        return [(seed, step) for seed in self.profile.seeds for step in self.nearest_steps(shares)]
+        steps = self.profile.pretraining.nearest_steps(shares)
+        return [(seed, step) for seed in self.profile.seeds for step in steps]
 
     def intervention_grid(self) -> list[tuple[str, Run]]:
         """Resuscitation of the last checkpoint at every p, q, learning rate and CL seed."""

@@ -17,6 +17,7 @@ SHORT = {
     "seeds": [100],
     "workers": 1,
     "comparison": None,
+    "regimes": None,
     "pretraining.steps": 20,
     "pretraining.checkpoints": [1, 10],
     "pretraining.optimizer_states": [],

@@ -202,10 +202,11 @@ def test_a_row_brings_its_environment(monkeypatch) -> None:
         return {name: {"wall": [1.0], "cpu": [1.0]} for name in variants}
 
     monkeypatch.setattr(harness, "run_case", run_case)
-    (record,) = harness.run_row(find_row("grid"), {"repeats": 1})
-    assert seen == [("grid", "time", ["2 workers", "ideal"], KEEP_MEMORY)]
-    assert record["model"].endswith("8 runs of 600 steps x 16 x 64 tokens")
-    assert record["ratio"] == 1.0
+    records = harness.run_row(find_row("grid"), {"repeats": 1})
+    assert seen == [("grid", "time", ["2 kept workers", "ideal", "2 new workers"], KEEP_MEMORY)]
+    for record, target in zip(records, (1.15, None), strict=True):
+        assert record["model"].endswith("8 runs of 600 steps x 16 x 64 tokens")
+        assert record["ratio"] == 1.0 and record["target"] == target
 
 
 def test_a_case_that_fails_says_so() -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kelib.errors import KelibError, listing
 
 from .rows import Variant, find_row
@@ -25,8 +27,8 @@ def time_in_turn(variants: Mapping[str, Variant], repeats: int) -> dict[str, dic
     """Seconds per unit of every variant, ``repeats`` times each, one after the other.
 
     A round runs each variant once, and every other round backwards, so that a drift of the machine
-    meets all alike. ``wall`` is the clock, ``cpu`` the time this process and those it started and
-    ended computed.
+    meets all alike. ``wall`` is the clock, ``cpu`` the time this process and those it started
+    computed.
     """
     found: dict[str, dict[str, Any]] = {name: {"wall": [], "cpu": []} for name in variants}
     for variant in variants.values():
@@ -43,8 +45,12 @@ def time_in_turn(variants: Mapping[str, Variant], repeats: int) -> dict[str, dic
 
 
 def _computed() -> float:
+    """Seconds of processor time of this process and all it started, ended or not."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    live = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(each.ru_utime + each.ru_stime for each in used) + sum(
+        each.user + each.system for each in live
+    )
 
 
 def peak_memory(variant: Variant) -> float:

@@ -1,0 +1,72 @@
+"""Figures of regimes, which are recipes of pretraining from the first step: the tables that they
+need. They are drawn with the axes of :mod:`kelib.plots_branches` and :mod:`kelib.plots_learning`.
+
+Pretraining seeds are the unit throughout.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from kelib.config import Pretraining
+from kelib.plots_branches import at_matched_loss, slopes
+from kelib.recipes import SAVED, TRUNK
+
+
+def regime_names(known: pd.DataFrame, plan: Pretraining) -> dict[str, str]:
+    """Regimes in the order of the table ``regimes``, with names for a legend: the trunk is called
+    by its weight decay."""
+    trunk = f"weight decay {plan.optimizer.weight_decay:g} (trunk)"
+    return {name: trunk if name == TRUNK else name for name in known["regime"].unique()}
+
+
+def with_gains(learned: pd.DataFrame) -> pd.DataFrame:
+    """Injected runs of the table ``regime_learning`` with ``k_gain`` = K_CL - K_PT and
+    ``k_injected`` = K_CL minus that of the same run without passages (nats per target token)."""
+    runs = learned[learned["injected"].astype(bool)]
+    return runs.assign(
+        k_gain=runs["k_cl"] - runs["k_pt"], k_injected=runs["k_cl"] - runs["k_cl_none"]
+    )
+
+
+def cooled_arms(runs: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Runs of regimes that were cooled down and of the trunk, with ``line``, and lines with names
+    for a legend: the trunk and each regime as saved, then its arms."""
+    names, parts = {}, []
+    cooled = runs.loc[runs["arm"] != SAVED, "regime"].unique()
+    for (regime, arm), part in runs.groupby(["regime", "arm"], sort=False):
+        if regime == TRUNK or regime in cooled:
+            line = f"{regime}, {arm}"
+            names[line] = line
+            parts.append(part.assign(line=line))
+    order = [line for saved in (True, False) for line in names if line.endswith(SAVED) == saved]
+    return pd.concat(parts, ignore_index=True), {line: line for line in order}
+
+
+def regime_slopes(runs: pd.DataFrame, value: str, names: dict[str, str]) -> dict[str, pd.DataFrame]:
+    """Slopes of ``value`` on knowledge entropy within each seed (:func:`plots_branches.slopes`), by
+    name: over the stages of each regime, then over the regimes at each stage. Checkpoints as saved.
+    """
+    saved = runs[runs["arm"] == SAVED]
+    found = {}
+    for regime, name in names.items():
+        part = saved[saved["regime"] == regime].drop(columns="arm")
+        found[f"over stages:\n{name}"] = slopes(part, value)
+    for step, part in saved.groupby("stage_step"):
+        label = part["stage_label"].iloc[0]
+        found[f"over regimes:\nat {label}"] = slopes(part.assign(arm=part["regime"]), value)
+    return found
+
+
+def matched_in_loss(runs: pd.DataFrame, value: str) -> pd.DataFrame:
+    """``value`` of every other regime and stage minus that of the trunk where its held-out loss was
+    the same, between its stages (:func:`plots_branches.at_matched_loss`); with ``stage_label``.
+    Checkpoints as saved."""
+    saved = runs[runs["arm"] == SAVED]
+    trunk = saved[saved["regime"] == TRUNK]
+    others = saved[saved["regime"] != TRUNK]
+    parts = [
+        at_matched_loss(part.assign(arm=part["regime"]), trunk, value).assign(stage_label=label)
+        for label, part in others.groupby("stage_label", sort=False)
+    ]
+    return pd.concat(parts, ignore_index=True)
