@@ -39,7 +39,8 @@ def miniature(profile: Profile) -> Profile:
         for name in ("mechanism", "retention", "reactivation")
         if (section := getattr(profile, name)) is not None
     }
-    if profile.branches is not None:
+    cooled = profile.regimes is not None and any(r.cooldown for r in profile.regimes.regimes)
+    if profile.branches is not None or cooled:
         branch = Branch("branch", half / STEPS, weight_decay=decay)
         sections["branches"] = Branches(rate, (branch,))
     return dataclasses.replace(
@@ -48,6 +49,8 @@ def miniature(profile: Profile) -> Profile:
         seeds=(0,),
         comparison=None,
         executor="local",
+        figures=(),
+        regimes=None,  # their runs are of kinds that are there already
         corpus=dataclasses.replace(
             corpus,
             general=names["general"] if corpus.general else (),
@@ -60,7 +63,9 @@ def miniature(profile: Profile) -> Profile:
             profile.pretraining,
             steps=STEPS,
             checkpoints=tuple(sorted(steps)),
-            optimizer_states=(half, STEPS) if profile.pretraining.optimizer_states else (),
+            optimizer_states=(half, STEPS)
+            if cooled or profile.pretraining.optimizer_states
+            else (),
         ),
         continual=dataclasses.replace(
             plan,

@@ -253,10 +253,13 @@ def slope_dots(found: Mapping[str, pd.DataFrame], ax: Axes, xlabel: str) -> Axes
             ax.plot([mean["low"], mean["high"]], [y, y], color="0.2", lw=1.5)
         ax.plot(mean["mean"], y, **style)
         place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
-        text = f"above 0 in\n{(part['slope'] > 0).sum()} of {len(part)}"
+        count = f"{(part['slope'] > 0).sum()} of {len(part)}"
+        text = count if len(found) > 4 else f"above 0 in\n{count}"
         ax.text(1.02, y, text, fontsize=7, **place)
     ax.axvline(0, color="0.5", lw=0.8)
     ax.set_yticks(range(len(found))[::-1], list(found))
+    if len(found) > 4:
+        ax.tick_params(axis="y", labelsize=7)
     ax.set_ylim(-0.6, len(found) - 0.4)
     ax.set_xlabel(xlabel)
     return ax

@@ -297,7 +297,12 @@ def same_limits(axes: Iterable[Axes]) -> None:
 
 
 def legend_above(figure: Figure, *axes: Axes, columns: int = 4) -> None:
-    """One legend for all panels, above them, taken from ``axes``; small print goes below."""
-    named = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    handles, labels = zip(*named, strict=True)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
+    """One legend for all panels, above them, taken from ``axes``, each name once; small print goes
+    below."""
+    named: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        list(named.values()), list(named), loc="outside upper center", ncols=columns, fontsize=8
+    )

@@ -6,6 +6,8 @@ Pretraining seeds are the unit throughout.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from kelib.config import Pretraining
@@ -29,21 +31,30 @@ def with_gains(learned: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def cooled_arms(runs: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Runs of regimes that were cooled down and of the trunk, with ``line``, and lines with names
-    for a legend: the trunk and each regime as saved, then its arms."""
-    names, parts = {}, []
-    cooled = runs.loc[runs["arm"] != SAVED, "regime"].unique()
-    for (regime, arm), part in runs.groupby(["regime", "arm"], sort=False):
-        if regime == TRUNK or regime in cooled:
-            line = f"{regime}, {arm}"
-            names[line] = line
-            parts.append(part.assign(line=line))
-    order = [line for saved in (True, False) for line in names if line.endswith(SAVED) == saved]
-    return pd.concat(parts, ignore_index=True), {line: line for line in order}
+def cooled_arms(
+    runs: pd.DataFrame, names: Mapping[str, str]
+) -> tuple[pd.DataFrame, dict[str, str], dict[str, str]]:
+    """The trunk, and regimes that were cooled down, as saved and cooled.
+
+    Returned are the runs of these with a column ``line``; lines with names for a legend, of which
+    those as saved have that of the regime in ``names``; and cooled line -> the line as saved.
+    """
+    cooled = set(runs.loc[runs["arm"] != SAVED, "regime"])
+    part = runs[runs["regime"].isin({TRUNK, *cooled})]
+    part = part.assign(line=part["regime"] + ", " + part["arm"])
+    lines, saved_of = {}, {}
+    for name in names:
+        for regime, arm, line in part[["regime", "arm", "line"]].drop_duplicates().to_numpy():
+            if regime == name:
+                lines[line] = names[name] if arm == SAVED else f"{names[name]}, {arm}"
+                if arm != SAVED:
+                    saved_of[line] = f"{regime}, {SAVED}"
+    return part, lines, saved_of
 
 
-def regime_slopes(runs: pd.DataFrame, value: str, names: dict[str, str]) -> dict[str, pd.DataFrame]:
+def regime_slopes(
+    runs: pd.DataFrame, value: str, names: Mapping[str, str]
+) -> dict[str, pd.DataFrame]:
     """Slopes of ``value`` on knowledge entropy within each seed (:func:`plots_branches.slopes`), by
     name: over the stages of each regime, then over the regimes at each stage. Checkpoints as saved.
     """
@@ -51,10 +62,10 @@ def regime_slopes(runs: pd.DataFrame, value: str, names: dict[str, str]) -> dict
     found = {}
     for regime, name in names.items():
         part = saved[saved["regime"] == regime].drop(columns="arm")
-        found[f"over stages:\n{name}"] = slopes(part, value)
-    for step, part in saved.groupby("stage_step"):
+        found[f"stages: {name}"] = slopes(part, value)
+    for _, part in saved.groupby("stage_step"):
         label = part["stage_label"].iloc[0]
-        found[f"over regimes:\nat {label}"] = slopes(part.assign(arm=part["regime"]), value)
+        found[f"regimes at {label}"] = slopes(part.assign(arm=part["regime"]), value)
     return found
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from kelib.config import Profile
 from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
-from kelib.readme_figures import figures_markdown
+from kelib.readme_figures import DECLARED, figures_markdown
 from kelib.results import Tables, open_tables
 from kelib.tables import write_atomically
 
@@ -143,8 +143,10 @@ def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | No
     claims = pd.read_csv(tables.figures / "tab00_claims.csv")
     text = replace_generated(text, "claims", claims_markdown(claims))
     text = replace_generated(text, "controls", controls_markdown(tables))
-    if (tables_of_contrasts := opened("ours_contrasts")) is not None:
-        table = contrasts_markdown(judged_contrasts(tables_of_contrasts))
+    found = [(opened(figure), declared) for figure, declared in DECLARED.items()]
+    judged = [judged_contrasts(at, declared) for at, declared in found if at is not None]
+    if judged:
+        table = contrasts_markdown(pd.concat(judged, ignore_index=True))
         text = replace_generated(text, "contrasts", table)
     text = replace_generated(text, "protocol", protocol_markdown(tables.profile))
     text = replace_generated(text, "figures", figures_markdown(opened))

@@ -40,6 +40,7 @@ FIGURES = {
     "ours_confounds": ("ours", "not reported"),
     "ours_annealing": ("ours", "not reported"),
     "ours_weight_decay": ("ours", "not reported"),
+    "ours_regimes": ("ours", "not reported"),
     "ours_memory_sources": ("ours", "not reported"),
     "ours_sensitivity": ("ours", "not reported"),
     "ours_retention": ("ours", "not reported"),
@@ -106,6 +107,7 @@ _STAGES = {
     "ours_correlations": ("continual",),
     "ours_retention": ("retention",),
     "ours_reactivation": ("reactivation",),
+    "ours_regimes": ("regimes", "regime_learning"),
     "ours_contrasts": (),
     "ours_smollm2": ("texts",),
     "ours_trajectory": ("texts",),
@@ -135,7 +137,7 @@ def _ours(name: str, tables: Tables) -> str:
     if name in _WORDS:
         return _WORDS[name](tables)
     if name in _CONTRASTS:
-        return _contrast_words(tables, _CONTRASTS[name])
+        return _contrast_words(tables, name)
     if name in _IN_THE_NOTEBOOK:
         return _IN_THE_NOTEBOOK[name]
     if name == "ours_convergence":
@@ -267,12 +269,12 @@ _WORDS: dict[str, Callable[[Tables], str]] = {
 }
 
 
-def _contrast_words(tables: Tables, names: dict[str, str]) -> str:
+def _contrast_words(tables: Tables, figure: str) -> str:
     """Means and intervals of exploratory contrasts, each behind its words."""
-    found = judged_contrasts(tables).set_index("contrast")
+    found = judged_contrasts(tables, DECLARED.get(figure, "contrasts")).set_index("contrast")
     parts = []
     row: Any  # columns have no types of their own
-    for name, words in names.items():
+    for name, words in _CONTRASTS[figure].items():
         row = found.loc[name]
         text = row["outcome"] if pd.isna(row["mean"]) else f"{row['mean']:+.3f} {row['unit']}"
         interval = f" [{row['low95']:+.3f}, {row['high95']:+.3f}]" if pd.notna(row["low95"]) else ""
@@ -280,6 +282,8 @@ def _contrast_words(tables: Tables, names: dict[str, str]) -> str:
     return "; ".join(parts)
 
 
+# figure -> where its contrasts are declared, in notebooks/params
+DECLARED = {"ours_contrasts": "contrasts", "ours_regimes": "contrasts_regimes"}
 _CONTRASTS = {  # figure -> the contrasts that say most about it, with words for each
     "ours_interventions": {"preserving_knowledge": "K_CL, function-preserving minus original"},
     "ours_gradient_shares": {
@@ -296,6 +300,11 @@ _CONTRASTS = {  # figure -> the contrasts that say most about it, with words for
     "ours_weight_decay": {
         "decay_entropy": "entropy, weight decay 3 minus 0",
         "decay_gain": "K gain",
+    },
+    "ours_regimes": {
+        "regime_entropy": "entropy at the end, weight decay 3 minus 0",
+        "regime_gain": "K gain",
+        "cooled_gain": "K gain at a constant rate, cooled down, last minus first stage",
     },
     "ours_confounds": {"own_moments_gain": "K gain last minus first stage, own moments"},
 }

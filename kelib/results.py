@@ -20,6 +20,7 @@ from kelib.errors import KelibError, listing
 from kelib.tables import provenance, read_provenance, read_table, write_atomically
 
 SOURCES = {"reference": Path("data/reference"), "measurements": Path("data/measurements")}
+FIRST = ("entropy.csv", "regimes.csv")  # tables of which every study has one, with its seeds
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ def open_tables(name: str, source: str = "reference") -> Tables:
         raise KelibError(f"source = {source!r} must be one of {listing(SOURCES)}")
     root = repository_root()
     folder = root / SOURCES[source] / name
-    if not (folder / "entropy.csv").exists():
-        there = [p.parent.name for p in (root / SOURCES[source]).glob("*/entropy.csv")]
+    first = next((folder / table for table in FIRST if (folder / table).exists()), None)
+    if first is None:
+        there = {p.parent.name for table in FIRST for p in folder.parent.glob(f"*/{table}")}
         raise KelibError(
-            f"no measurements of profile {name!r} in {SOURCES[source]}; it has {listing(there)}; "
-            f"run make figures PROFILE={name}"
+            f"no measurements of profile {name!r} in {SOURCES[source]}; it has "
+            f"{listing(there)}; run make figures PROFILE={name}"
         )
-    note = read_provenance(folder / "entropy.csv")
+    note = read_provenance(first)
     if source == "reference":
         output = Path(tempfile.mkdtemp(prefix="kelib-figures-"))
     else:

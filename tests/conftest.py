@@ -130,6 +130,7 @@ def short_study(tmp_path_factory):
         "continual.control_seeds": [],
         "mechanism": None,
         "branches": None,
+        "regimes": None,
     }
     return measured_study(tmp_path_factory.mktemp("short-study"), changes)
 

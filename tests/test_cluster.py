@@ -51,6 +51,7 @@ TINY = {
     "pretraining.checkpoints": [*range(3, 120, 3)],
     "pretraining.optimizer_states": [],
     "branches": None,
+    "regimes": None,
 }
 SLURM = {
     "sbatch": """

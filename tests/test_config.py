@@ -206,6 +206,7 @@ def another(key, value):
         "retention.learning_rates": [1.0e-3],
         "reactivation.learning_rates": [1.0e-3],
         "branches.learning_rates": [1.0e-3],
+        "regimes.learning_rates": [1.0e-3],
         "pretraining.optimizer_states": [30, 45],
         "model.hidden_size": 64,
         "model.num_attention_heads": 4,
@@ -347,7 +348,7 @@ def test_a_profile_without_optional_sections_keeps_the_digest_it_had(values):
         del values[name]
     profile = profile_from(values)
     older = dataclasses.asdict(dataclasses.replace(profile, workers=1))
-    assert older.pop("executor") == "local"
+    assert older.pop("executor") == "local" and older.pop("figures") == ()
     for name in OPTIONAL:  # as tables have it that were written before there was this section
         assert older.pop(name) is None
     assert profile.digest == digest(older) == profile_from(older).digest

@@ -15,17 +15,15 @@ from kelib.__main__ import main
 from kelib.calibration import Calibration, own_seconds
 from kelib.config import load_profile, repository_root
 from kelib.errors import KelibError
+from kelib.figure_stages import figures_of, stages_behind
 from kelib.miniature import class_of
 from kelib.plan_check import check_table, finished_runs, refuse_bad_estimate
 from kelib.planner import (
-    figure_stage,
-    figures_of,
     figures_table,
     kinds_table,
     paper_table,
     published_table,
     study_table,
-    tables_of,
 )
 from kelib.published import PublishedStudy, load_published
 from kelib.scale import PAPER, device_hours, paper_flops, training_flops
@@ -78,10 +76,21 @@ def test_runs_that_are_done_are_not_open(short_study):
 
 
 def test_figures_rest_on_the_stages_before_theirs(study, even):
-    assert [figure_stage(name) for name in ("fig02_knowledge_entropy", "fig04_stages")] == [2, 3]
-    assert figure_stage("fig05_resuscitation") == figure_stage("tab00_claims") == 4
-    assert [figure_stage(name) for name in ("ours_retention", "ours_annealing")] == [6, 7]
-    assert figure_stage("ours_contrasts") == 7  # names no table itself: rests on all
+    assert stages_behind(["fig02_knowledge_entropy"]) == {1, 2}
+    assert stages_behind(["fig02_knowledge_entropy", "fig04_stages"]) == {1, 2, 3}
+    assert stages_behind(["fig05_resuscitation"]) == stages_behind(["tab00_claims"]) == {1, 2, 3, 4}
+    assert stages_behind(["ours_retention"]) == {1, 2, 3, 4, 6}
+    assert stages_behind(["ours_annealing"]) == {1, 2, 3, 4, 7}
+    assert stages_behind(["ours_regimes"]) == {9}
+    assert stages_behind(["ours_contrasts"]) == {
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        9,
+    }  # names no table: rests on all
     runs = study_table(study, even)
     table = figures_table(runs, ["fig04_stages", "fig02_knowledge_entropy", "ours_retention"])
     assert table["figure"].tolist()[0] == "fig02_knowledge_entropy"
@@ -95,10 +104,17 @@ def test_figures_rest_on_the_stages_before_theirs(study, even):
 
 
 def test_figures_of_a_profile_are_those_whose_tables_it_writes():
-    smoke, small = (set(figures_of(tables_of(load_profile(n)))) for n in ("smoke", "small"))
+    smoke, small = (set(figures_of(load_profile(n))) for n in ("smoke", "small"))
     assert {"fig04_stages", "ours_retention", "ours_annealing", "ours_learning_curves"} <= smoke
+    assert "ours_regimes" in smoke - small
     assert "fig04_stages" in small and not {"ours_retention", "fig15_ratio"} & small
     assert not {"ours_search", "ours_smollm2"} & smoke
+
+
+def test_a_profile_that_names_its_figures_plans_what_is_behind_them_alone(tmp_path):
+    assert figures_of(load_profile("regimes")) == ["ours_regimes"]
+    for name, stages in (("regimes", {9}), ("families", {1, 2})):
+        assert set(planner.planned_runs(Study(load_profile(name), tmp_path))) == stages
 
 
 def test_the_papers_scale_is_that_of_its_protocol(study):

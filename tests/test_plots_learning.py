@@ -289,7 +289,7 @@ def test_panels_share_limits_and_one_legend() -> None:
     plots_learning.legend_above(figure, *axes[0])
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["once", "once"]
+    assert [text.get_text() for text in legend.get_texts()] == ["once"]
     assert legend.get_window_extent().y0 >= max(ax.get_window_extent().y1 for ax in axes[0])
 
 

@@ -259,7 +259,7 @@ def test_the_search_is_promoted_on_its_own(root: Path) -> None:
     folder = measure(root, SEARCH, parameters, ("entropy", "checkpoints"))
     tables = open_tables(SEARCH, "measurements")
     assert tables.label == "profile search · pretraining seed 100"
-    with pytest.raises(KelibError, match=r"unknown key regimes"):
+    with pytest.raises(KelibError, match=r"missing key seeds"):
         _ = tables.profile
     with mpl.rc_context():
         save_figure(plots.panels(1)[0], "ours_search", planted()["entropy"], tables, ["entropy"])

@@ -40,6 +40,7 @@ TINY = {
     "pretraining.batch_size": 4,
     "pretraining.checkpoints": KEPT,
     "branches": None,
+    "regimes": None,
 }
 DO = """
 import pickle, signal, sys

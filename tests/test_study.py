@@ -342,6 +342,7 @@ def study_of(steps=100, stages=(0.5, 1.0)):
         "pretraining.checkpoints": [],
         "pretraining.optimizer_states": [],
         "branches": None,
+        "regimes": None,
         "continual.stages": list(stages),
     }
     return Study(load_profile("smoke", overrides), None)

@@ -227,7 +227,7 @@ SCORING_TINY = described(
     {**entropy.TINY, "tokens": 32, "questions": 12, "context": (9, 20), "choice": (1, 4)}
 )
 _smoke = load_profile("smoke")
-_TRUNK = {"pretraining.optimizer_states": [], "branches": None}  # pretraining alone
+_TRUNK = {"pretraining.optimizer_states": [], "branches": None, "regimes": None}
 GRID = {
     "model": {**asdict(_smoke.model), "vocab_size": _smoke.corpus.vocabulary_size},
     "data": f"8 runs of 600 steps x {_smoke.pretraining.batch_size} x "
