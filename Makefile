@@ -48,7 +48,7 @@ endif
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
 	tables.py config.py sections.py study.py)
 
-.PHONY: help figures study test check format data plan audit status notebooks bench reference clean search lab
+.PHONY: help figures study test test-stages test-figures check format data plan audit status notebooks bench reference clean search lab
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile env.mk
@@ -119,13 +119,17 @@ audit: | $(READY) ## published checkpoints of MODEL: whole, duplicated, changed?
 status: | $(READY) ## runs of a profile: done, running, failed, missing
 	@$(PY) -m kelib status $(PROFILE)
 
-# Files are shared out over processes, but for the notebooks of stages, which continue one another.
+# Files are shared out over processes, but for the notebooks of stages, which continue one another
+# and so are checked in turn, beside those of figures.
 TEST_PROCESSES ?= 2
-SHARED := -n $(TEST_PROCESSES) --dist loadfile
+NBVAL := -m pytest -q --nbval -p no:cacheprovider
 test: | $(READY) ## all tests, notebooks included (nbval), offline
-	@$(PY) -m pytest -q $(SHARED)
-	@$(PY) -m pytest -q --nbval notebooks/stages -p no:cacheprovider
-	@$(PY) -m pytest -q --nbval $(SHARED) notebooks/*.ipynb -p no:cacheprovider
+	@$(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-stages test-figures
+test-stages: | $(READY)
+	@$(PY) $(NBVAL) notebooks/stages
+test-figures: | $(READY)
+	@$(PY) $(NBVAL) notebooks/*.ipynb
 
 check: | $(READY) ## format, lint, types
 	@$(PY) -m ruff format --check kelib tests notebooks

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
@@ -129,7 +129,7 @@ def _spread(z: np.ndarray) -> float:
 
 
 def _back(z: float, error: float, freedom: int) -> tuple[float, float, float]:
-    half = float(stats.t.ppf(0.975, freedom)) * error if freedom > 0 else float("nan")
+    half = float(special.stdtrit(freedom, 0.975)) * error if freedom > 0 else float("nan")
     return float(np.tanh(z)), float(np.tanh(z - half)), float(np.tanh(z + half))
 
 

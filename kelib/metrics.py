@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special  # scipy.stats would take every worker half a second to import
 
 from kelib.errors import KelibError, listing
 
@@ -216,7 +216,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     mean = float(sample[0]) if np.ptp(sample) == 0 else float(sample.mean())
     if sample.size == 1:
         return Interval(1, mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + confidence) / 2, sample.size - 1) * standard_error(sample)
+    half = special.stdtrit(sample.size - 1, (1 + confidence) / 2) * standard_error(sample)
     return Interval(sample.size, mean, mean - float(half), mean + float(half))
 
 
@@ -292,9 +292,14 @@ def correlations(table: pd.DataFrame, x: Sequence[str], y: Sequence[str]) -> pd.
     for first in x:
         for second in y:
             a, b = table[first].to_numpy(float), table[second].to_numpy(float)
-            pearson, spearman = (_pearson(a, b), _pearson(stats.rankdata(a), stats.rankdata(b)))
+            pearson, spearman = (_pearson(a, b), _pearson(_ranks(a), _ranks(b)))
             rows.append((first, second, len(a), pearson, spearman))
     return pd.DataFrame(rows, columns=["x", "y", "n", "pearson", "spearman"])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 1; equal values share the mean of their ranks."""
+    return pd.Series(values).rank().to_numpy()
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:

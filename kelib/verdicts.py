@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from kelib import metrics
 from kelib.claims import Claim, refuse_duplicates
@@ -66,7 +66,7 @@ def p_value(differences: ArrayLike) -> float:
         raise KelibError("1 difference has no spread to test against: run at least 2 seeds")
     if error == 0:
         return float(interval.mean == 0)
-    return float(2 * stats.t.sf(abs(interval.mean) / error, interval.n - 1))
+    return float(2 * special.stdtr(interval.n - 1, -abs(interval.mean) / error))
 
 
 def _beside_paper(mean: float, claim: Claim) -> str:
