@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from kelib.config import TEXTS, Branch, digest
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study import Study
 
 

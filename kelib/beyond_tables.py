@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kelib.errors import KelibError
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study import Study
 
 SMALLEST_GAIN = 0.05  # nats: less than that acquired is too little to ask what is left of it

@@ -13,7 +13,7 @@ import pandas as pd
 
 from kelib.beyond import branch_runs, steps_of
 from kelib.config import PROTOCOL, Branch
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study import Study
 from kelib.study_tables import learning_row, learning_table
 

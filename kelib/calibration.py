@@ -125,7 +125,7 @@ def measure(profile: Profile) -> Calibration:
                         raise KelibError(f"calibration: {run.kind}: {reason}")
                     done += 1
                     bar.show(done)
-        spent = {name: own_seconds(run.read("run.json")) for name, run in runs.items()}
+        spent = {name: own_seconds(run.note()) for name, run in runs.items()}
     works = {
         name: work_of(small, run.kind, run.settings, shape_of_profile(small))
         for name, run in runs.items()

@@ -18,7 +18,8 @@ from typing import Any
 from kelib.config import repository_root
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
-from kelib.runs import Attempts, Run, attempt, note_failure, perform, read_progress
+from kelib.run import Run
+from kelib.runs import Attempts, attempt, note_failure, perform, read_progress
 from kelib.schema import at_least, build, read_yaml, require
 from kelib.workers import prepare_process, worker_environment
 

@@ -11,7 +11,8 @@ import pandas as pd
 from kelib import beyond, regimes, sources
 from kelib.errors import KelibError
 from kelib.figure_stages import stages_behind
-from kelib.runs import Run, with_inputs
+from kelib.run import Run
+from kelib.runs import with_inputs
 from kelib.study import Study
 from kelib.tables import read_table
 from kelib.workload import Work, shape_of_run, work_of

@@ -22,7 +22,8 @@ from kelib import hub, sources
 from kelib.catalogue import DATA, read_lock
 from kelib.errors import KelibError, listing
 from kelib.hub_text import how_to_bring, text_file
-from kelib.runs import Run, perform
+from kelib.run import Run
+from kelib.runs import perform
 from kelib.schema import convert, read_yaml, require
 from kelib.tables import write_atomically
 

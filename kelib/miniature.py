@@ -10,7 +10,7 @@ from typing import Any
 from kelib import beyond, entities
 from kelib.config import Branch, Branches, Profile, Variant
 from kelib.grid import flat_entropy
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study import Study
 
 STEPS = 30  # of pretraining

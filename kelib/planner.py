@@ -21,7 +21,7 @@ from kelib.figure_stages import stages_behind
 from kelib.grid import missing_files, missing_text, needed_bytes, once, planned_runs
 from kelib.miniature import class_of
 from kelib.published import GENERATED, PublishedProfile, PublishedStudy
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.scale import DEVICES, PAPER, Shape, device_hours, paper_flops, training_memory
 from kelib.study import Study
 from kelib.workload import Work, shape_of_run, work_of

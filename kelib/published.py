@@ -26,7 +26,8 @@ from kelib.errors import KelibError, listing
 from kelib.hub_sources import text_runs
 from kelib.jackknife import BLOCKS
 from kelib.results import Tables, open_tables
-from kelib.runs import Run, execute
+from kelib.run import Run
+from kelib.runs import execute
 from kelib.schema import build, digest, field_names, read_yaml, require
 from kelib.tables import library_digest, provenance, read_table, write_table
 
@@ -248,7 +249,7 @@ def _write(study: PublishedStudy, name: str, runs: list[Run], by: str) -> pd.Dat
     made = [study.model_run(), *runs]
     inputs = {run.settings.get(by, "model"): run.digest for run in made}
     note = provenance(study.profile.parameters, [study.profile.seed], inputs)
-    note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in made), 1)
+    note["run_seconds"] = round(sum(run.note()["seconds"] for run in made), 1)
     note["runs"] = len(made)
     parts = []
     for run in runs:

@@ -18,7 +18,7 @@ from kelib.branch_tables import NORMS, knowledge_rows
 from kelib.config import PROTOCOL
 from kelib.errors import KelibError
 from kelib.recipes import SAVED, TRUNK, Regimes
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study import Study
 from kelib.study_tables import learning_row, learning_table
 

@@ -1,34 +1,27 @@
-"""A grid of runs on local processes or a cluster: what is done is skipped, what was interrupted
-resumes.
-
-A run is named by the digest of its settings, its inputs and the code it rests on. Its folder
-appears under the final name in one rename when it is finished; until then it is
-``<digest>.partial``, held by a lock, so that nothing half-written is ever taken for whole and two
-writers never meet.
+"""A grid of runs (:mod:`kelib.run`) on local processes or a cluster: what is done is skipped, what
+was interrupted resumes.
 """
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import json
-import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from safetensors import SafetensorError
 
+from kelib import seals
 from kelib.code_table import code_digest
-from kelib.config import EXECUTORS, digest
+from kelib.config import EXECUTORS
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
+from kelib.run import Run, is_locked, locked
 
 if TYPE_CHECKING:
     from kelib.workers import Workers
@@ -36,110 +29,6 @@ if TYPE_CHECKING:
 # glibc hands large blocks back to the system at once and pays for fresh pages at every step;
 # keeping them made a training step of the small model up to 1.9 times faster with both cores busy.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: ``kind`` says what is done, ``settings`` (JSON values) how, ``inputs`` from what.
-
-    ``home`` is the folder for runs of this kind; ``files`` are inputs that no run makes (fetched
-    text).
-    """
-
-    kind: str
-    home: Path
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, Run] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        inputs = {name: run.digest for name, run in self.inputs.items()}
-        return digest([self.kind, code_digest(self.kind), dict(self.settings), inputs])
-
-    @property
-    def folder(self) -> Path:
-        return self.home / self.digest
-
-    @property
-    def partial(self) -> Path:
-        return self.home / f"{self.digest}.partial"
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "run.json").exists()
-
-    def state(self) -> str:
-        """done, running, failed or missing."""
-        if self.done:
-            return "done"
-        if (self.partial / "error.txt").exists():
-            return "failed"
-        return "running" if self.partial.exists() and _is_locked(self.partial) else "missing"
-
-    def read(self, name: str = "result.json") -> Any:
-        """A JSON file of a finished run.
-
-        Raises KelibError if the run is not done or the file is broken.
-        """
-        return self._parsed(name, lambda path: json.loads(path.read_text()))
-
-    def read_table(self, name: str) -> pd.DataFrame:
-        """A CSV file of a finished run; raises as :meth:`read`."""
-        return self._parsed(name, pd.read_csv)
-
-    def _parsed(self, name: str, parse: Callable[[Path], Any]) -> Any:
-        if not self.done:
-            raise KelibError(
-                f"{self.kind} run {self.digest} is {self.state()}: run its stage first"
-            )
-        try:
-            return parse(self.folder / name)
-        except (OSError, ValueError) as error:  # neither JSON nor CSV
-            raise KelibError(
-                f"{self.folder / name} cannot be read; delete that folder, run again"
-            ) from error
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        with (folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock; the system frees it when the process dies, however it dies."""
-    with (folder / "lock").open("a+") as file:
-        for patience in (0.2, 0.2, 0):  # a look at the state holds the lock for a moment, too
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(patience)
-        else:
-            file.seek(0)
-            raise KelibError(
-                f"{folder} is being written by another process (pid {file.read() or 'unknown'}); "
-                "wait for it, or stop it, then run again"
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def writer(folder: Path) -> int | None:
-    """The process that holds or last held the lock of a folder."""
-    try:
-        return int((folder / "lock").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def perform(run: Run) -> float:
@@ -156,13 +45,15 @@ def perform(run: Run) -> float:
     start, processor = time.perf_counter(), time.process_time()
     try:
         run.partial.mkdir(parents=True, exist_ok=True)
-        with _locked(run.partial):
+        with locked(run.partial):
             if run.done:  # by another process, while this one was about to begin
                 shutil.rmtree(run.partial, ignore_errors=True)
                 return 0.0
             (run.partial / "error.txt").unlink(missing_ok=True)
             for left in run.partial.glob("*.tmp"):  # by a process that was killed while writing
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for made in run.inputs.values():
+                made.check()
             inputs = {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
             work = getattr(jobs, run.kind)
             settings = with_paths({**run.settings}, inputs)
@@ -180,7 +71,9 @@ def perform(run: Run) -> float:
                 "cpu_seconds": round(time.process_time() - processor, 2),
             }
             (run.partial / "progress").unlink(missing_ok=True)
-            (run.partial / "run.json").write_text(json.dumps(note, indent=1, sort_keys=True))
+            note["files"] = seals.seal(run.partial, besides=("lock",))
+            text = json.dumps(seals.sealed(note), indent=1, sort_keys=True)
+            (run.partial / "run.json").write_text(text)
             shutil.rmtree(run.folder, ignore_errors=True)  # a folder without run.json is no run
             run.partial.rename(run.folder)
             (run.folder / "lock").unlink()
@@ -231,7 +124,7 @@ def attempt(run: Run, work: Callable[[Run], float] = perform) -> tuple[float, st
 def note_failure(run: Run, reason: str) -> None:
     """Mark a run as failed, unless a process is writing it."""
     with suppress(OSError):  # a full disk is reported already
-        if run.partial.exists() and not _is_locked(run.partial):  # not into another's folder
+        if run.partial.exists() and not is_locked(run.partial):  # not into another's folder
             (run.partial / "error.txt").write_text(reason)
 
 

@@ -35,7 +35,7 @@ from kelib.regimes import (
     regime_runs,
     regimes_table,
 )
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study import Study
 from kelib.study_tables import (
     checkpoints_table,
@@ -73,7 +73,7 @@ def _write(
     read = {n: read_provenance(study.measurements / f"{n}.csv")["sha256"] for n in inputs}
     note = provenance(study.profile.parameters, list(study.profile.seeds), read)
     # what the runs behind the table took, summed over processes: not part of any digest
-    note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in runs), 1)
+    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
     note["runs"] = len(runs)
     write_table(table, path, note)
     return read_table(path)

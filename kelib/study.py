@@ -16,7 +16,8 @@ import pandas as pd
 from kelib.config import PROTOCOL, TEXTS, Profile, Variant, digest
 from kelib.errors import KelibError, listing
 from kelib.hub_sources import text_runs
-from kelib.runs import Run, execute
+from kelib.run import Run
+from kelib.runs import execute
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from kelib.items import accuracy_interval, gain_interval
 from kelib.metrics import acquisition, forgetting, forgetting_over_chance
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study import Study
 from kelib.tables import stack_coefficients
 

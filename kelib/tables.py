@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from kelib.config import digest, repository_root
 from kelib.errors import KelibError, listing
+from kelib.seals import sealed, unsealed
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -42,11 +43,12 @@ def write_table(table: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) 
     """Write ``path`` (CSV) and, first, ``path`` with suffix ``.json``: where the numbers come from.
 
     Floats carry ten significant digits, enough to tell two runs apart and the same text on every
-    machine that computed the same numbers. The JSON holds the CSV's sha256, so that a later edit is
-    noticed.
+    machine that computed the same numbers. The JSON holds the CSV's sha256 and a digest of itself,
+    so that a later edit of either is noticed.
     """
     text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
     note = {**provenance, "rows": len(table), "sha256": _sha256(text.encode())}
+    note = sealed(note)
     write_atomically(path.with_suffix(".json"), json.dumps(note, indent=1, sort_keys=True) + "\n")
     write_atomically(path, text)
 
@@ -74,13 +76,14 @@ def read_table(path: Path) -> pd.DataFrame:
 def read_provenance(path: Path) -> dict[str, Any]:
     """The JSON beside a table."""
     try:
-        note = dict(json.loads(path.with_suffix(".json").read_text()))
+        note = unsealed(json.loads(path.with_suffix(".json").read_text()))
         if "sha256" not in note:
             raise ValueError("it has no sha256")
         return note
     except (OSError, ValueError, TypeError) as error:  # not JSON, or not a mapping
         raise KelibError(
-            f"no readable provenance {path.with_suffix('.json')}; run its stage again"
+            f"no readable provenance {path.with_suffix('.json')}; run its stage again "
+            f"({getattr(error, 'strerror', None) or error})"
         ) from error
 
 

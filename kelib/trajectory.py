@@ -28,7 +28,8 @@ from kelib.hub_sources import text_runs
 from kelib.published import GENERATED, data_folder
 from kelib.results import Tables, open_tables
 from kelib.revisions import Revision, pick, read_name
-from kelib.runs import Run, execute
+from kelib.run import Run
+from kelib.runs import execute
 from kelib.schema import digest
 from kelib.tables import provenance, read_table, write_table
 from kelib.trajectory_profile import (
@@ -206,7 +207,7 @@ def _write(
     parts["revisions"] = pd.DataFrame(rows)
     inputs = {run.settings["revision"]: run.digest for run in runs}
     note = provenance(study.profile.parameters, [study.profile.seed], inputs)
-    note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in runs), 1)
+    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
     note["runs"] = len(runs)
     for run in runs:
         name = f"coefficients-{run.settings['revision'].replace('/', '-')}.safetensors"

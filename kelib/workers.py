@@ -14,7 +14,8 @@ from multiprocessing.process import BaseProcess
 
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
-from kelib.runs import KEEP_MEMORY, Attempts, Run, attempt, note_failure, read_progress, writer
+from kelib.run import Run, writer
+from kelib.runs import KEEP_MEMORY, Attempts, attempt, note_failure, read_progress
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from kelib import entities
 from kelib.config import Profile
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.scale import Shape, forward_flops, shape_of, training_flops
 from kelib.schema import convert
 from kelib.sections import Model

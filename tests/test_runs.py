@@ -201,7 +201,7 @@ def test_what_is_done_is_left_alone(made):
 
 def test_a_finished_run_says_what_it_was(made):
     run = made.pretrain_run(100)
-    note = run.read("run.json")
+    note = run.note()
     assert note["settings"] == dict(run.settings)
     assert note["inputs"] == {"corpus": made.corpus_run(100).digest}
     assert (note["kind"], note["digest"], note["code"]) == (

@@ -81,7 +81,7 @@ def test_an_empty_table_keeps_its_columns(tmp_path, table):
 def test_the_note_beside_it_counts_rows_and_carries_what_it_was_given(tmp_path, table):
     write_table(table, tmp_path / "t.csv", {"seeds": [100], "digest": "abc"})
     note = json.loads((tmp_path / "t.json").read_text())
-    assert note == read_provenance(tmp_path / "t.csv")
+    assert note.pop("seal") and note == read_provenance(tmp_path / "t.csv")
     assert (note["rows"], note["seeds"], note["digest"]) == (3, [100], "abc")
     assert note["sha256"] == hashlib.sha256((tmp_path / "t.csv").read_bytes()).hexdigest()
 
