@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from kelib.errors import KelibError
 
 def _notebook(arguments: argparse.Namespace) -> None:
     from kelib.notebooks import run_notebook
+    from kelib.temporary import end_with_parent
 
+    if "MAKELEVEL" in os.environ:
+        end_with_parent()
     parameters = _parameters(arguments.parameter)
     run_notebook(Path(arguments.notebook), Path(arguments.output), parameters)
     print(f"{Path(arguments.notebook).name} -> {arguments.output}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kelib.errors import KelibError, listing
+from kelib.temporary import temporary_beside
 
 
 def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
@@ -34,7 +35,7 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
             f"its parameters are {listing(known)}"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.ipynb")
+    temporary = temporary_beside(output, "ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     failed.unlink(missing_ok=True)
     os.environ.setdefault("KELIB_PROGRESS", "lines")

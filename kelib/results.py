@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pandas as pd
 from kelib.config import Profile, profile_from, repository_root
 from kelib.errors import KelibError, listing
 from kelib.tables import provenance, read_provenance, read_table, write_atomically
+from kelib.temporary import temporary_beside
 
 SOURCES = {"reference": Path("data/reference"), "measurements": Path("data/measurements")}
 FIRST = ("entropy.csv", "regimes.csv")  # tables of which every study has one, with its seeds
@@ -104,7 +104,7 @@ def save_figure(
     (results.output / f"{name}.json").unlink(missing_ok=True)
     figure.text(0.995, 0.003, stamp, ha="right", va="bottom", fontsize=6, color="0.35")
     for suffix in ("pdf", "png"):
-        temporary = results.output / f".{name}.{os.getpid()}.tmp.{suffix}"
+        temporary = temporary_beside(results.output / f"{name}.{suffix}", suffix)
         # no creation date: the same numbers give the same file
         metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
         figure.savefig(temporary, dpi=200, metadata=metadata)
@@ -133,8 +133,7 @@ def promote_files(files: list[Path], target: Path) -> None:
     """Replace ``target`` by copies of ``files``, by renames: it is never a mixture, and stays as
     it was if a file cannot be copied.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    temporary, old = temporary_beside(target), temporary_beside(target, "old")
     for folder in (temporary, old):
         shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)

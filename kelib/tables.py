@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -21,11 +20,12 @@ from safetensors.numpy import save_file
 from kelib.config import digest, repository_root
 from kelib.errors import KelibError, listing
 from kelib.seals import sealed, unsealed
+from kelib.temporary import temporary_beside
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` to a temporary name beside ``path``, then rename. KelibError if it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -153,6 +153,6 @@ def stack_coefficients(files: Mapping[int, Path], path: Path) -> None:
                     continue
                 layer = int(name.removeprefix("layer."))
                 tensors[f"{step:07d}/{layer:02d}"] = stored.get_tensor(name) / sequences
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     save_file(tensors, temporary)
     temporary.replace(path)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -296,3 +298,14 @@ def test_coefficient_vectors_of_several_checkpoints_are_stacked_as_means(tmp_pat
             assert found.dtype == np.float64
             np.testing.assert_array_equal(found, mean, err_msg=name)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path, table):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, live = (tmp_path / f".t.csv.{pid}.tmp" for pid in (dead.pid, os.getppid()))
+    other = tmp_path / f".u.csv.{dead.pid}.tmp"
+    for path in (left, live, other):
+        path.write_text("half")
+    write_table(table, tmp_path / "t.csv", {})
+    assert not left.exists() and live.exists() and other.exists()

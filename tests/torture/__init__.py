@@ -1,0 +1,1 @@
+"""Faults on purpose, longer than the tests: ``make torture`` (see ``__main__``)."""
