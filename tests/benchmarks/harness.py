@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 
 from kelib.config import repository_root
 from kelib.errors import KelibError
@@ -82,9 +84,21 @@ CLOCKS = ("wall", "cpu")
 def run_row(
     row: Row, settings: Mapping[str, Any] | None = None, threads: int = 1
 ) -> list[dict[str, Any]]:
-    """Measure a row: one record, with the names of :data:`COLUMNS`, a comparison."""
+    """Measure a row: one record, with the names of :data:`COLUMNS`, a comparison.
+
+    A row that the free memory does not hold is not begun: its records have no numbers, and say why
+    beside model and data.
+    """
     settings = dict(settings or {})
     used = {**row.settings, **settings}
+    if row.needs is not None:
+        needed, there = row.needs(used), psutil.virtual_memory().available
+        if needed > there:
+            why = f"not run: {needed / 1e9:.1f} GB needed, {there / 1e9:.1f} GB free"
+            return [
+                {"row": row.name, "model": f"{describe(used)}, {why}"} | _of_nothing(comparison)
+                for comparison in row.comparisons
+            ]
     names = {"time": [], "memory": []}  # type: dict[str, list[str]]
     for comparison in row.comparisons:
         found = names[comparison.quantity]
@@ -101,7 +115,8 @@ def run_row(
             for name in names["time"]
         }
     peaks: dict[str, Any] = {}
-    with ThreadPoolExecutor(2) as pool:  # a neighbour slows memory cases down, no more
+    # a neighbour slows memory cases down, no more
+    with ThreadPoolExecutor(2 if row.needs is None else 1) as pool:
         jobs = [
             pool.submit(run_case, row.name, "memory", [name], settings, threads)
             for name in names["memory"]
@@ -142,6 +157,14 @@ def _of_time(comparison: Comparison, seconds: Mapping[str, Any]) -> dict[str, An
 
 def _of_memory(comparison: Comparison, peaks: Mapping[str, float]) -> dict[str, Any]:
     return _record(comparison, peaks, "MB") | {"repeats": 1}
+
+
+def _of_nothing(comparison: Comparison) -> dict[str, Any]:
+    """A record without numbers."""
+    unit = "s" if comparison.quantity == "time" else "MB"
+    values = dict.fromkeys(comparison.variants, math.nan)
+    empty = dict.fromkeys(("ratio_low", "ratio_high", "ratio_cpu"), math.nan)
+    return _record(comparison, values, unit) | empty | {"met": "", "repeats": 0}
 
 
 def _record(comparison: Comparison, values: Mapping[str, float], unit: str) -> dict[str, Any]:

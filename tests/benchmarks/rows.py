@@ -12,7 +12,7 @@ from kelib.errors import KelibError, listing
 
 # A module of this package each, with a tuple ROWS. A new row is one entry there and, if it compares
 # what none did before, one function that prepares it.
-GROUPS = ("entropy", "learning")
+GROUPS = ("entropy", "learning", "fullsize")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Row:
         settings: ``repeats`` (rounds of timing) and whatever ``prepare`` reads.
         tiny: settings that replace some of these in tests, where only the code is to be run.
         environment: variables that its time is taken under, beside those of every case.
+        needs: settings -> bytes that a case takes, for rows that a machine may not hold: with fewer
+            free bytes they are not begun, and their cases do not run side by side.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Row:
     settings: Mapping[str, Any]
     tiny: Mapping[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
+    needs: Callable[[Mapping[str, Any]], float] | None = None
 
 
 def rows_of(group: str | None = None) -> dict[str, Row]:
