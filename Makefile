@@ -7,11 +7,12 @@ include env.mk
 
 # the code that computes; drawing, claims and notebooks are not part of it
 PLOTS := $(wildcard kelib/plots*.py)
+OWN := $(addprefix kelib/,own_model.py own_model_jobs.py)
 TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
 	planner.py plan_check.py plan_report.py calibration.py miniature.py scale.py cluster.py learning.py learning_inputs.py sharding.py \
-	sharded_states.py),$(filter-out $(TRAJECTORY),$(wildcard kelib/*.py)))
+	sharded_states.py any_profile.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -38,7 +39,7 @@ NAMED := $(shell sed -n 's/^figures: *\[\(.*\)\].*/\1/p' '$(PARAMS)' 2>/dev/null
 FIGURES := $(or $(strip $(NAMED)),$(FIGURES))
 # a profile of a published model has a stage and a figure of its own
 ifneq ($(call has,published),)
-FIGURES := ours_smollm2
+FIGURES := ours_published
 endif
 # and so has one that measures checkpoints along pretraining
 ifneq ($(call has,trajectory),)
@@ -81,7 +82,7 @@ $(OUT)/9_regimes.ipynb: notebooks/stages/9_regimes.ipynb $(PARAMS) $(COMPUTE) \
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $@ -p profile=$(PROFILE) -p scratch=false
 
-$(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) | $(READY)
+$(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) $(OWN) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/5_published.ipynb -p profile=$(PROFILE) -p scratch=false
 
@@ -89,7 +90,7 @@ $(MEASURED)/revisions.csv: notebooks/stages/8_trajectory.ipynb $(PARAMS) $(COMPU
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/8_trajectory.ipynb -p profile=$(PROFILE) -p scratch=false
 
-$(OUT)/ours_smollm2.json: $(MEASURED)/texts.csv
+$(OUT)/ours_published.json: $(MEASURED)/texts.csv
 $(OUT)/ours_trajectory.json: $(MEASURED)/revisions.csv
 $(AFTER_2:%=$(OUT)/%.json): $(MEASURED)/checkpoints.csv
 $(AFTER_3:%=$(OUT)/%.json): $(MEASURED)/continual.csv

@@ -38,78 +38,21 @@ def _parameters(pairs: list[str]) -> dict[str, Any]:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    from kelib.config import load_profile
+    from kelib.any_profile import summary
 
-    if (trajectory := _trajectory(arguments.profile)) is not None:
-        chosen = trajectory.profile
-        print(f"profile {chosen.trajectory}, digest {chosen.digest}, model {chosen.model.source}")
-        return
-    if (published := _published(arguments.profile)) is not None:
-        chosen = published.profile
-        print(f"profile {chosen.published}, digest {chosen.digest}, model {chosen.model.source}")
-        return
-    profile = load_profile(arguments.profile)
-    print(f"profile {profile.profile}, digest {profile.digest}, seeds {list(profile.seeds)}")
-
-
-def _published(name: str) -> Any:
-    """The study of a published profile, None for any other name."""
-    from kelib.published import open_published, published_profiles
-
-    return open_published(name) if name in published_profiles() else None
-
-
-def _trajectory(name: str) -> Any:
-    """The study of a trajectory profile, None for any other name."""
-    from kelib.trajectory import open_trajectory
-    from kelib.trajectory_profile import trajectory_profiles
-
-    return open_trajectory(name) if name in trajectory_profiles() else None
+    print(summary(arguments.profile))
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from kelib import hub_sources, sources
-    from kelib.config import load_profile, repository_root
-    from kelib.runs import execute
+    from kelib.any_profile import fetch_data
 
-    if (trajectory := _trajectory(arguments.profile)) is not None:
-        names = trajectory.profile.data  # checkpoints come one by one, while they are measured
-    elif (published := _published(arguments.profile)) is not None:
-        names = published.profile.data
-        execute([published.model_run()], 1, "model")
-    else:
-        corpus = load_profile(arguments.profile).corpus
-        names = (*corpus.general, *corpus.domain)
-    known = sources.manifest()
-    for name in names:
-        if name in known:
-            for path in sources.fetch(known[name], repository_root() / "data" / "sources"):
-                print(f"{name}: {path.relative_to(repository_root())}")
-    texts = hub_sources.text_runs(names, repository_root() / "data")
-    if texts:
-        execute(texts.values(), 1, "text of the hub")
-        for name, run in texts.items():
-            print(f"{name}: {run.folder.relative_to(repository_root())}")
+    fetch_data(arguments.profile)
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from kelib import stages
-    from kelib.grid import STAGES, entropy_so_far, stage_runs
-    from kelib.runs import count_states
+    from kelib.any_profile import print_states
 
-    if (trajectory := _trajectory(arguments.profile)) is not None:
-        grids = {8: trajectory.runs()}
-    elif (published := _published(arguments.profile)) is not None:
-        asked = published.question_runs()
-        grids = {5: [published.model_run(), *published.runs(), *asked]}
-    else:
-        study = stages.open_study(arguments.profile)
-        grids = stage_runs(study, entropy_so_far(study))
-        if 3 not in grids:
-            print("3 continual: known when stage 2 is done")
-    for stage, runs in grids.items():
-        counts = ", ".join(f"{n} {state}" for state, n in count_states(runs).items())
-        print(f"{stage} {STAGES[stage]}: {counts}")
+    print_states(arguments.profile)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -168,16 +111,9 @@ def _injection(arguments: argparse.Namespace) -> None:
 
 
 def _clean(arguments: argparse.Namespace) -> None:
-    import shutil
+    from kelib.any_profile import clean
 
-    from kelib import stages
-    from kelib.config import repository_root
-    from kelib.study import clean
-
-    if _published(arguments.profile) is None and _trajectory(arguments.profile) is None:
-        stages.open_study(arguments.profile)  # an unknown name is refused
-    clean(arguments.profile, repository_root() / "data")
-    shutil.rmtree(repository_root() / "figures" / arguments.profile, ignore_errors=True)
+    clean(arguments.profile)
 
 
 def _reference(arguments: argparse.Namespace) -> None:

@@ -52,6 +52,11 @@ CODE = {
         *("jobs:import_model", "model_import", "archives", "sources", "parsing", "corpus"),
         *("checkpoints", "packing", "pretrained", "world", "entries", "dice", "wordings"),
     ),
+    "own_model": (
+        *("jobs:own_model", "own_model_jobs", "architectures"),
+        *("model_import", "archives", "sources", "parsing", "corpus"),
+        *("checkpoints", "packing", "pretrained", "world", "entries", "dice", "wordings"),
+    ),
     "published": (
         *("jobs:published", "published_jobs", "convergence", "corpus"),
         *_ENTROPY,

@@ -309,6 +309,13 @@ def import_model(settings: Settings, inputs: Inputs, folder: Path, progress: Pro
     model_import.import_model(settings, inputs, folder, progress)
 
 
+def own_model(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Have a reader's own model, or one of the hub, ready to be measured."""
+    from kelib import own_model_jobs
+
+    own_model_jobs.own_model(settings, inputs, folder, progress)
+
+
 def published(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
     """All entropies of a published model on one text."""
     from kelib import published_jobs

@@ -7,6 +7,7 @@ by :mod:`kelib.plan_check`, against the runs that are finished.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,13 @@ import pandas as pd
 from kelib import archives, questions
 from kelib.calibration import Calibration
 from kelib.config import Profile
+from kelib.fetching import needed
 from kelib.figure_stages import stages_behind
 from kelib.grid import missing_files, missing_text, needed_bytes, once, planned_runs
+from kelib.inspection import inspect
 from kelib.miniature import class_of
-from kelib.published import GENERATED, PublishedProfile, PublishedStudy
+from kelib.own_model import GENERATED, is_own, on_hub, own_folder, parameters_in
+from kelib.published import PublishedModel, PublishedProfile, PublishedStudy
 from kelib.run import Run
 from kelib.scale import DEVICES, PAPER, Shape, device_hours, paper_flops, training_memory
 from kelib.study import Study
@@ -68,13 +72,10 @@ def published_cost(
     Questions are read once for each choice; how long the model takes to fetch and to convert is not
     estimated. A generated model counts as nothing.
     """
-    source = profile.model.source
-    model = None if source.startswith(GENERATED) else archives.model_archive(source)
-    parameters = 0 if model is None else model.parameters
-    if kind == "import_model":
-        # in float32, beside the file it is made from
-        stored = 4 * parameters + (0 if model is None else model.members[0].bytes)
-        return Cost(kind, Work(stored=stored), 0.0, np.nan)
+    model = model_size(profile.model)
+    parameters = model.parameters
+    if kind in ("import_model", "own_model"):
+        return Cost(kind, Work(stored=model.stored), 0.0, np.nan)
     if kind == "published":
         tokens = (profile.sequences + profile.loss_sequences) * profile.sequence_length
     else:
@@ -84,6 +85,40 @@ def published_cost(
     flops = 2.0 * parameters * tokens
     seconds = np.nan if calibration is None else calibration.flop_seconds * flops
     return Cost(kind, Work(measured=tokens), flops, seconds)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of a published model before it is here; ``stored`` and ``fetched`` are bytes."""
+
+    parameters: int = 0
+    stored: int = 0
+    fetched: int = 0
+
+
+def model_size(model: PublishedModel) -> ModelSize:
+    """The size of the model of a published profile: by its row of ``data/models.yaml``, by the
+    headers of a folder's weights, or as the hub tells them.
+
+    Raises KelibError, see :meth:`kelib.published.PublishedStudy.model_run`.
+    """
+    source = model.source
+    if source in archives.models() or not is_own(source):
+        if source.startswith(GENERATED):
+            return ModelSize()
+        row = archives.model_archive(source)
+        # in float32, beside the file it is made from
+        size = row.members[0].bytes
+        return ModelSize(row.parameters, 4 * row.parameters + size, size)
+    if (folder := own_folder(source, model.revision)) is not None:
+        return ModelSize(parameters_in(folder))
+    return _size_on_hub(*on_hub(source, model.revision))
+
+
+@functools.cache
+def _size_on_hub(repo: str, commit: str) -> ModelSize:
+    found, size = inspect(repo, [commit], repo)[commit], sum(needed(repo, commit).values())
+    return ModelSize(found.parameters, size, size)
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -203,10 +238,13 @@ def downloads(study: Study | PublishedStudy) -> dict[str, int]:
     lacking = missing_text(chosen.data, folder)
     lacking |= missing_files({n: known[n] for n in chosen.questions if n in known}, folder)
     source = chosen.model.source
-    if not source.startswith(GENERATED) and not study.model_run().done:
+    if source.startswith(GENERATED) or study.model_run().done:
+        return lacking
+    if source in archives.models():
         row: Any = archives.model_archive(source)  # has what is read of a source of text
-        lacking |= missing_files({f"model {source}": row}, folder)
-    return lacking
+        return lacking | missing_files({f"model {source}": row}, folder)
+    size = model_size(chosen.model).fetched
+    return lacking | ({f"model {source}": size} if size else {})
 
 
 def disk_needed(runs: pd.DataFrame, workers: int, fetched: Iterable[int]) -> int:

@@ -1,19 +1,18 @@
 """A model that others trained, measured on real text: profile, grid of runs and tables. No torch.
 
-A published profile names one model (a row of ``data/models.yaml``, or ``generated:TYPE``, a tiny
-untrained one for trying out) and texts. On each text all entropies are measured in one pass: the
-knowledge entropy in every definition of a coefficient, attention and next-token entropy, with
-jackknife errors, and how the estimate depends on the number of sequences. Its file in
-``notebooks/params`` has the key ``published`` where a study has ``profile``.
+A published profile names one model (a folder, an id of the hub, a row of ``data/models.yaml``, or
+``generated:TYPE``, a tiny untrained one for trying out) and texts. On each text all entropies are
+measured in one pass: the knowledge entropy in every definition of a coefficient, attention and
+next-token entropy, with jackknife errors, and how the estimate depends on the number of sequences.
+Its file in ``notebooks/params`` has the key ``published`` where a study has ``profile``.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +24,30 @@ from kelib.config import EXECUTORS, repository_root
 from kelib.errors import KelibError, listing
 from kelib.hub_sources import text_runs
 from kelib.jackknife import BLOCKS
+from kelib.own_model import GENERATED as GENERATED
+from kelib.own_model import is_own, own_model_run, with_places
+from kelib.profile_kinds import load_kind, profile_from_values, profiles_of_kind
 from kelib.results import Tables, open_tables
 from kelib.run import Run
 from kelib.runs import execute
-from kelib.schema import build, digest, field_names, read_yaml, require
+from kelib.schema import digest, require
 from kelib.tables import library_digest, provenance, read_table, write_table
 
 DEFINITIONS = ("absolute", "relu", "contribution")  # of kelib.accumulation, which imports torch
 TABLES = ("entropy", "totals", "convergence", "texts")
-GENERATED = "generated:"
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """``source``: a row of ``data/models.yaml``, or ``generated:TYPE``, an untrained model of that
-    type of transformers. ``separator``: the token that follows each document; None is the
-    tokenizer's end-of-text token, which in chat models ends a turn rather than a document."""
+    """``source``: a model folder (a relative path is from the root of the repository), a hub id, a
+    row of ``data/models.yaml``, or ``generated:TYPE``, an untrained model of that type of
+    transformers. ``separator``: the token that follows each document; None is the tokenizer's
+    end-of-text token, which in chat models ends a turn rather than a document. ``revision``: a
+    branch, tag or commit of a model on the hub; None is ``main``."""
 
     source: str
     separator: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class PublishedProfile:
         """All that can change a number, as JSON values, with the name under ``profile`` too."""
         plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(self, workers=1))))
         del plain["executor"]
+        if plain["model"]["revision"] is None:  # it came later than the first of these tables
+            del plain["model"]["revision"]
         return {"profile": self.published, **plain}
 
     @property
@@ -116,50 +122,6 @@ def published_from(values: Any, overrides: Mapping[str, Any] | None = None) -> P
     return profile_from_values(PublishedProfile, "published", values, overrides)
 
 
-def profiles_of_kind(key: str) -> list[str]:
-    """Names of the YAML files of ``notebooks/params`` that have ``key`` where a study has
-    ``profile``.
-    """
-    return sorted(
-        path.stem
-        for path in (repository_root() / "notebooks" / "params").glob("*.yaml")
-        if any(line.startswith(f"{key}:") for line in path.read_text("utf-8").splitlines())
-    )
-
-
-def load_kind(kind: Any, key: str, name: str, overrides: Mapping[str, Any] | None = None) -> Any:
-    """The profile ``name`` of those with ``key``, as the dataclass ``kind``; raises as
-    :func:`load_published`.
-    """
-    known = profiles_of_kind(key)
-    if name not in known:
-        raise KelibError(f"unknown {key} profile {name!r}: notebooks/params has {listing(known)}")
-    values = read_yaml(repository_root() / "notebooks" / "params" / f"{name}.yaml")
-    profile = profile_from_values(kind, key, values, overrides)
-    called = getattr(profile, key)
-    if called != name:
-        raise KelibError(f"{name}.yaml calls itself {called!r}; it must be {name!r}")
-    return profile
-
-
-def profile_from_values(
-    kind: Any, key: str, values: Any, overrides: Mapping[str, Any] | None = None
-) -> Any:
-    """A profile of the dataclass ``kind``, which has the field ``key``, from nested mappings."""
-    fields = listing(field_names(kind))
-    if not isinstance(values, Mapping):
-        raise KelibError(f"a {key} profile must be a mapping with {fields}")
-    nested = copy.deepcopy(dict(values))
-    nested.pop("profile", None)  # parameters of a table, read back
-    for dotted, value in (overrides or {}).items():
-        section, _, last = dotted.rpartition(".")
-        place = nested.get(section) if section else nested
-        if not isinstance(place, dict):
-            raise KelibError(f"unknown key {dotted}: valid keys are {fields}")
-        place[last] = copy.deepcopy(value)
-    return build(kind, nested)
-
-
 @dataclass(frozen=True)
 class PublishedStudy:
     """A published profile and the folder its data goes to."""
@@ -172,23 +134,42 @@ class PublishedStudy:
         return self.data / "measurements" / self.profile.published
 
     def model_run(self) -> Run:
-        """Fetch the model and keep it as safetensors, once."""
-        source = self.profile.model.source
-        row = None
+        """Have the model as safetensors, fetched, converted or linked to, once.
+
+        Raises KelibError for a source that is none, and as :func:`kelib.own_model.own_model_run`.
+        """
+        model = self.profile.model
+        source, home = model.source, self.data / "checkpoints" / self.profile.published
+        row, known = None, archives.models()
+        if source not in known and is_own(source):
+            return own_model_run(source, model.revision, home)
+        if model.revision is not None:
+            raise KelibError(
+                f"model.revision = {model.revision!r}, but {source} is no model of the hub; leave "
+                "it out"
+            )
         if not source.startswith(GENERATED):
+            if source not in known:
+                raise KelibError(
+                    f"model.source = {source!r} must be a model folder (relative paths are from "
+                    f"{repository_root()}), a hub id (owner/name), a row of data/models.yaml "
+                    f"({listing(known)}) or {GENERATED}TYPE, an untrained model"
+                )
             row = json.loads(json.dumps(dataclasses.asdict(archives.model_archive(source))))
         settings: dict[str, Any] = {"source": source, "archive": row}
         if row is None:
             settings["sequence_length"] = self.profile.sequence_length
-        home = self.data / "checkpoints" / self.profile.published
         return Run("import_model", home, settings, files={"sources": self.data / "sources"})
 
     def measure_run(self, name: str) -> Run:
         """All entropies of the model on one text."""
-        settings = {k: v for k, v in self.profile.parameters.items() if k not in _NOT_OF_A_RUN}
-        settings |= {"data": name, "separator": self.profile.model.separator}
-        home, sources = self.measurements / "published", {"sources": self.data / "sources"}
         made = {"model": self.model_run(), **text_runs([name], self.data)}
+        settings = {k: v for k, v in self.profile.parameters.items() if k not in _NOT_OF_A_RUN}
+        places, states = with_places([name])
+        settings |= {"data": places[name], "separator": self.profile.model.separator}
+        if name in states:  # a file of the reader's may change
+            settings["text"] = states[name]
+        home, sources = self.measurements / "published", {"sources": self.data / "sources"}
         return Run("published", home, settings, made, sources)
 
     def runs(self) -> list[Run]:
@@ -238,23 +219,27 @@ def measure_published(study: PublishedStudy) -> dict[str, pd.DataFrame]:
     execute([*runs, *asked], chosen.workers, "published model", chosen.executor)
     tables = {}
     for name in TABLES:
-        tables[name] = _write(study, name, runs, "data")
+        tables[name] = _write(study, name, "data", chosen.data, runs)
     if asked:
-        tables["questions"] = _write(study, "questions", asked, "questions")
+        tables["questions"] = _write(study, "questions", "questions", chosen.questions, asked)
     return tables
 
 
-def _write(study: PublishedStudy, name: str, runs: list[Run], by: str) -> pd.DataFrame:
-    """The tables ``name`` of the runs below each other; ``by`` is the setting that tells these."""
-    made = [study.model_run(), *runs]
-    inputs = {run.settings.get(by, "model"): run.digest for run in made}
+def _write(
+    study: PublishedStudy, name: str, by: str, values: Iterable[str], runs: list[Run]
+) -> pd.DataFrame:
+    """The tables ``name`` of the runs below each other; the column ``by`` tells them by
+    ``values``."""
+    model, of = study.model_run(), dict(zip(values, runs, strict=True))
+    made = [model, *runs]
+    inputs = {"model": model.digest} | {value: run.digest for value, run in of.items()}
     note = provenance(study.profile.parameters, [study.profile.seed], inputs)
     note["run_seconds"] = round(sum(run.note()["seconds"] for run in made), 1)
     note["runs"] = len(made)
     parts = []
-    for run in runs:
+    for value, run in of.items():
         part = run.read_table(f"{name}.csv")
-        part.insert(0, by, run.settings[by])
+        part.insert(0, by, value)
         parts.append(part)
     path = study.measurements / f"{name}.csv"
     write_table(pd.concat(parts, ignore_index=True), path, note)
@@ -278,8 +263,8 @@ class PublishedTables(Tables):
     @property
     def title(self) -> str:
         """The name of the model."""
-        source = self.published.model.source
-        return source if source.startswith(GENERATED) else archives.model_archive(source).title
+        source, known = self.published.model.source, archives.models()
+        return known[source].title if source in known else source
 
 
 def open_published_tables(name: str, source: str = "reference") -> PublishedTables:

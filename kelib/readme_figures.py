@@ -51,7 +51,7 @@ FIGURES = {
     "ours_task_forgetting": ("ours", "not reported"),
     "ours_convergence": ("ours", "not reported"),
     "ours_plasticity_panel": ("ours", "not reported"),
-    "ours_smollm2": ("ours", "OLMo-1B 99.5 % of its bound, other text"),
+    "ours_published": ("ours", "OLMo-1B 99.5 % of its bound, other text"),
     "ours_trajectory": ("2", "OLMo-1B 143.9 to 143.4 nats, 7B 297.6 to 297.0"),
     "tab00_claims": ("claims", "no intervals reported"),
 }
@@ -109,7 +109,7 @@ _STAGES = {
     "ours_reactivation": ("reactivation",),
     "ours_regimes": ("regimes", "regime_learning"),
     "ours_contrasts": (),
-    "ours_smollm2": ("texts",),
+    "ours_published": ("texts",),
     "ours_trajectory": ("texts",),
     "tab00_claims": (),
 }
@@ -147,7 +147,7 @@ def _ours(name: str, tables: Tables) -> str:
         return f"{near} sequences: {rows[near] - rows.iloc[-1]:+.3f} nats from {rows.index[-1]:,}"
     if name == "ours_trajectory":
         return f"`{tables.name}`: untrained models, its numbers mean nothing"
-    if name == "ours_smollm2":
+    if name == "ours_published":
         rows = tables.table("totals").query("kind == 'knowledge' and coefficient == 'absolute'")
         shares = 100 * rows["entropy_nats"] / rows["bound_nats"]
         parts = [f"{data} {share:.1f}" for data, share in zip(rows["data"], shares, strict=True)]

@@ -25,12 +25,12 @@ from kelib.catalogue import catalogued, revisions_of
 from kelib.errors import KelibError, listing
 from kelib.fetching import GIB, fetching_ahead, make_room
 from kelib.hub_sources import text_runs
+from kelib.own_model import place_of, state_of, with_places
 from kelib.published import GENERATED, data_folder
 from kelib.results import Tables, open_tables
 from kelib.revisions import Revision, pick, read_name
 from kelib.run import Run
 from kelib.runs import execute
-from kelib.schema import digest
 from kelib.tables import provenance, read_table, write_table
 from kelib.trajectory_profile import (
     KEY,
@@ -77,7 +77,7 @@ class Trajectory:
             found = [Revision(model.source, f"step{n}", "", step=n) for n in model.steps]
         else:
             known = (
-                revisions_in(Path(model.source).expanduser())
+                revisions_in(place_of(model.source))
                 if model.is_folder
                 else revisions_of(model.source, self.lock)
             )
@@ -100,7 +100,9 @@ class Trajectory:
         profile = self.profile
         settings = {name: profile.parameters[name] for name in OF_A_RUN}
         # names for the tables, and sources, in whose place a file may be put
-        settings["data"] = {name: name for name in profile.data}
+        settings["data"], texts = with_places(profile.data)
+        if texts:  # files of the reader's may change
+            settings["texts"] = texts
         settings |= {"dtype": profile.model.dtype, "separator": profile.model.separator}
         settings |= {"revision": revision.name, "commit": revision.commit, "repo": None}
         home, files = self.measurements / KEY, {"sources": self.data / "sources"}
@@ -108,7 +110,7 @@ class Trajectory:
         if profile.model.is_generated:
             inputs["checkpoints"] = self._generated()
         elif profile.model.is_folder:
-            files["checkpoints"] = Path(profile.model.source).expanduser().resolve()
+            files["checkpoints"] = place_of(profile.model.source)
         else:
             settings["repo"], files["cache"] = revision.repo, self.cache
         return Run(KEY, home, settings, inputs, files)
@@ -135,9 +137,8 @@ def revisions_in(folder: Path) -> list[Revision]:
     found = []
     for place in sorted(folder.iterdir()):
         if (place / "config.json").is_file():
-            files = sorted(path for path in place.iterdir() if path.is_file())
-            state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-            read = read_name(str(folder), place.name.replace("checkpoint-", "step"), digest(state))
+            name = place.name.replace("checkpoint-", "step")
+            read = read_name(str(folder), name, state_of(place))
             found.append(dataclasses.replace(read, name=place.name))
     if not any(revision.step is not None for revision in found):
         raise KelibError(

@@ -9,18 +9,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kelib.errors import listing
-from kelib.published import (
-    GENERATED,
-    PublishedModel,
-    PublishedProfile,
-    load_kind,
-    profile_from_values,
-    profiles_of_kind,
-)
+from kelib.own_model import place_of
+from kelib.profile_kinds import load_kind, profile_from_values, profiles_of_kind
+from kelib.published import GENERATED, PublishedModel, PublishedProfile
 from kelib.revisions import CHOICES
 from kelib.schema import digest, require
 
@@ -62,7 +56,7 @@ class TrajectoryModel:
 
     @property
     def is_folder(self) -> bool:
-        return Path(self.source).expanduser().is_dir()
+        return place_of(self.source).is_dir()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -91,6 +92,7 @@ def run_of(kind: str) -> Run:
     other = PublishedStudy(load_published("published_smoke"), Path("data"))
     runs |= {"import_model": other.model_run(), "published": other.runs()[0]}
     runs["asked"] = other.question_runs()[0]
+    runs["own_model"] = Run("own_model", Path("data"), {})
     runs["hub_text"] = Run("hub_text", Path("data"), {})
     runs["packed_text"] = Run("packed_text", Path("data"), {}, {"text": runs["hub_text"]})
     runs["trajectory"] = Trajectory(load_trajectory("trajectory_smoke"), Path("data")).runs()[0]
@@ -111,6 +113,12 @@ def covered(run: Run) -> set[str]:
 def test_the_digest_covers_what_the_job_imports(kind: str) -> None:
     assert reached(kind) - covered(run_of(kind)) == set(), "add these to kelib/code_table.py"
     assert listed(kind) - reached(kind) == set(), "no job of this kind imports these"
+
+
+@pytest.mark.parametrize("kind", ["published", "asked"])
+def test_a_readers_own_model_covers_as_much_as_an_imported_one(kind: str) -> None:
+    run = replace(run_of(kind), inputs={"model": run_of("own_model")})
+    assert reached(kind) - covered(run) == set()
 
 
 def test_jobs_that_stand_alone_use_nothing_imported_at_the_top() -> None:
@@ -176,17 +184,18 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
     assert before == copied_code("training", "low + (1 - low)", "low + (  1 - low  )")
 
 
+MODELS = ("import_model", "own_model")
 ALONG = ("trajectory", "untrained")  # along published checkpoints
 
 
 @pytest.mark.parametrize(
     ("place", "kinds"),
     [
-        ("corpus", {"corpus", "import_model", "published", *ALONG}),
+        ("corpus", {"corpus", "published", *MODELS, *ALONG}),
         ("hub_text", {"hub_text", "packed_text"}),
         ("hub", set()),
         ("hub_sources", set()),
-        ("wordings", {"asked", "corpus", "import_model", *ALONG}),
+        ("wordings", {"asked", "corpus", *MODELS, *ALONG}),
         ("training", {"pretrain", "continual", "branch"}),
         ("entropy", {"entropy", "intervene", "continual", "published", *ALONG}),
         ("scoring", {"asked", "evaluate", "intervene", "continual", "published", *ALONG}),

@@ -1,0 +1,102 @@
+"""A profile by its name, whichever of the three kinds it is: a study, one published model, or a
+trajectory of checkpoints. No torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+from kelib import hub_sources, sources
+from kelib.config import load_profile, repository_root
+from kelib.published import PublishedStudy, open_published, published_profiles
+from kelib.run import Run
+from kelib.runs import count_states, execute
+from kelib.study import Study
+from kelib.study import clean as clean_study
+from kelib.trajectory import Trajectory, open_trajectory
+from kelib.trajectory_profile import trajectory_profiles
+
+
+def open_profile(name: str) -> Study | PublishedStudy | Trajectory:
+    """The study of a profile of any kind, with its data in the repository's ``data``. Raises
+    KelibError for an unknown name.
+    """
+    if name in trajectory_profiles():
+        return open_trajectory(name)
+    if name in published_profiles():
+        return open_published(name)
+    from kelib import stages  # seconds, for its statistics, that the other kinds need not wait
+
+    return stages.open_study(name)
+
+
+def summary(name: str) -> str:
+    """Name, digest, and the model or the seeds of a profile. Raises KelibError for an unknown name,
+    and for a model or text of the reader's that is not there.
+    """
+    if name in trajectory_profiles():
+        trajectory = open_trajectory(name).profile
+        return _of_model(name, trajectory.digest, trajectory.model.source)
+    if name in published_profiles():
+        study = open_published(name)
+        study.runs()  # refuses placeholders and what is not there, before anything is computed
+        return _of_model(name, study.profile.digest, study.profile.model.source)
+    profile = load_profile(name)
+    return f"profile {profile.profile}, digest {profile.digest}, seeds {list(profile.seeds)}"
+
+
+def _of_model(name: str, digest: str, source: str) -> str:
+    return f"profile {name}, digest {digest}, model {source}"
+
+
+def fetch_data(name: str) -> None:
+    """Fetch and verify the text that a profile names, and the model of a published one; print
+    where the files are.
+    """
+    names: tuple[str, ...]
+    if name in trajectory_profiles():
+        names = open_trajectory(name).profile.data  # checkpoints come while they are measured
+    elif name in published_profiles():
+        published = open_published(name)
+        names = published.profile.data
+        execute([published.model_run()], 1, "model")
+    else:
+        corpus = load_profile(name).corpus
+        names = (*corpus.general, *corpus.domain)
+    root, known = repository_root(), sources.manifest()
+    for text in names:
+        if text in known:
+            for path in sources.fetch(known[text], root / "data" / "sources"):
+                print(f"{text}: {path.relative_to(root)}")
+    texts = hub_sources.text_runs(names, root / "data")
+    if texts:
+        execute(texts.values(), 1, "text of the hub")
+        for text, run in texts.items():
+            print(f"{text}: {run.folder.relative_to(root)}")
+
+
+def print_states(name: str) -> None:
+    """Print by stage how many runs of a profile are done, running, failed, missing."""
+    from kelib.grid import STAGES, entropy_so_far, stage_runs
+
+    study = open_profile(name)
+    grids: dict[int, list[Run]]
+    if isinstance(study, Trajectory):
+        grids = {8: study.runs()}
+    elif isinstance(study, PublishedStudy):
+        grids = {5: [study.model_run(), *study.runs(), *study.question_runs()]}
+    else:
+        grids = stage_runs(study, entropy_so_far(study))
+        if 3 not in grids:
+            print("3 continual: known when stage 2 is done")
+    for stage, runs in grids.items():
+        counts = ", ".join(f"{n} {state}" for state, n in count_states(runs).items())
+        print(f"{stage} {STAGES[stage]}: {counts}")
+
+
+def clean(name: str) -> None:
+    """Delete what a profile computed and drew. Raises KelibError for an unknown name."""
+    open_profile(name)
+    root = repository_root()
+    clean_study(name, root / "data")
+    shutil.rmtree(root / "figures" / name, ignore_errors=True)
