@@ -159,8 +159,8 @@ def _refuse_placeholder(key: str, name: str, what: str) -> None:
     if name.startswith(PLACEHOLDER):
         raise KelibError(
             f"{key} is still the placeholder {name!r}: write {what} in its place in "
-            f"notebooks/params/mine.yaml, absolute or relative to {repository_root()}; docs/mine.md "
-            "shows how"
+            f"notebooks/params/mine.yaml, absolute or relative to {repository_root()}; "
+            "docs/mine.md shows how"
         )
 
 

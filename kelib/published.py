@@ -264,7 +264,21 @@ class PublishedTables(Tables):
     def title(self) -> str:
         """The name of the model."""
         source, known = self.published.model.source, archives.models()
-        return known[source].title if source in known else source
+        return known[source].title if source in known else _short(source)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What figures call each text of the profile: its name, and of a long path the last part,
+        unless two would be called the same."""
+        names = self.published.data
+        short = [_short(name) for name in names]
+        called = short if len(set(short)) == len(names) else names
+        return dict(zip(names, called, strict=True))
+
+
+def _short(name: str) -> str:
+    """The last part of a path that is longer than owner/name."""
+    return Path(name).name if name.startswith(("~", ".", "/")) or name.count("/") > 1 else name
 
 
 def open_published_tables(name: str, source: str = "reference") -> PublishedTables:
