@@ -21,7 +21,8 @@ from kelib.figure_stages import figures_of
 from kelib.grid import STAGES, free_bytes, refuse_small_disk
 from kelib.plan_check import check_table, refuse_bad_estimate
 from kelib.published import PublishedStudy, open_published, published_profiles
-from kelib.scale import training_memory
+from kelib.scale import DEVICES, fsdp2_memory, training_memory
+from kelib.scale import PAPER as PAPER_SHAPES
 from kelib.study import Study
 from kelib.workload import shape_of_profile
 
@@ -134,6 +135,7 @@ def plan(
         _print("Figures, with all the runs they rest on", table, FIGURES, counts_only)
         title = f"The same grid with the paper's models and tokens, MFU {mfu:g}, no pretraining"
         _print(title, planner.paper_table(runs, mfu), PAPER)
+        print(f"\n{fsdp2_line()}")
     refuse_small_disk(name, needed, study.data)
 
 
@@ -144,6 +146,25 @@ def check(name: str, *, data: Path | None = None, anew: bool = False) -> None:
     table = check_table(study, calibrated(study, anew))
     _print(f"Finished runs of {name}, estimate beside measurement", table, CHECK)
     refuse_bad_estimate(table)
+
+
+def fsdp2_line(model: str = "OLMo-7B", devices: int = 8, device: str = "H100") -> str:
+    """The planned peak of a model of the paper under FSDP2, and what is not part of it."""
+    tokens, held = planner.DEVICE_TOKENS, DEVICES[device].memory
+    memory = fsdp2_memory(PAPER_SHAPES[model], tokens, devices)
+    parts = {
+        "weights, gradients and moments (16 bytes a parameter, divided)": memory.states,
+        "weights, their 16-bit copies and gradients that are whole for the moment": memory.gathered,
+        "activations (input of each layer, and one layer again)": memory.activations,
+        "logits": memory.logits,
+    }
+    listed = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
+    return (
+        f"{model} under FSDP2 on {devices} x {held / 1e9:.0f} GB, {tokens:,} tokens on each, bf16, "
+        f"recomputed activations: {memory.total / 1e9:.1f} GB of each at the peak: {listed}. By "
+        "formula (kelib.scale.fsdp2_memory); buffers of nccl and what the allocator wastes come on "
+        "top."
+    )
 
 
 def _print_memory(study: Study) -> None:

@@ -211,6 +211,34 @@ def training_memory(
     )
 
 
+def fsdp2_memory(shape: Shape, tokens: int, devices: int) -> Memory:
+    """Memory of each of ``devices`` that share a training as :mod:`kelib.sharding` divides it, in
+    bf16 with recomputed activations and ``tokens`` on each at once.
+
+    * states: 16 N bytes over all devices. Weights, gradients and both moments stay float32: as many
+      times the bytes of a number as processes were found to hold (``tests/test_sharding.py``).
+    * gathered, in float32: the weights of embeddings and head, which stay whole for a step, and of
+      two layers, the one that is computed and the next; gradients, whole until they are divided, of
+      embeddings and head and of one layer. Beside them ``2 N`` bytes, the copies in 16 bits that
+      autocast makes of weights and may keep until the end of the forward pass.
+    * activations: the input of every layer in float32, ``4 d`` bytes a token, and all of one layer
+      in 16 bits, ``34 d``.
+    * logits: in 16 bits and in float32, ``6 V`` bytes a token.
+
+    By formula, but for the states. Buffers of nccl and what the allocator wastes come on top.
+    Raises KelibError for counts below 1.
+    """
+    plain = training_memory(shape, tokens, devices)
+    ends = (1 if shape.tied else 2) * shape.vocabulary_size * shape.hidden_size
+    weights, gradients = ends + 2 * shape.layer_matrices, ends + shape.layer_matrices
+    return Memory(
+        states=FLOAT32_ADAMW * shape.parameters / devices,
+        gathered=4 * (weights + gradients) + 2 * shape.parameters,
+        activations=tokens * (4 * shape.layers + 34) * shape.hidden_size,
+        logits=plain.logits,
+    )
+
+
 # --- the paper's scale --------------------------------------------------------------------------
 
 PAPER = {

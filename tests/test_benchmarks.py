@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import case, entropy, harness, learning
+from benchmarks import case, entropy, fullsize, harness, learning
 from benchmarks.__main__ import main
 from benchmarks.questions import lengths, questions, token_bound, word_tokenizer
 from benchmarks.rows import GROUPS, Comparison, Row, Variant, find_row, rows_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import kelib
 from kelib.errors import KelibError
 from kelib.requests import encode_request
 from kelib.runs import KEEP_MEMORY
+from kelib.scale import PAPER
 from kelib.scoring import Score
 from kelib.tables import read_provenance, read_table
 
@@ -182,7 +185,7 @@ def test_ratios_medians_quartiles_and_verdicts() -> None:
     ("arguments", "message"),
     [
         (["--only", "nowhere"], "no benchmark 'nowhere'; there is all-three-512,"),
-        (["nothing"], "no group of benchmarks 'nothing'; there is entropy, learning"),
+        (["nothing"], "no group of benchmarks 'nothing'; there is entropy, fullsize, learning"),
         (["entropy", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["entropy", "--threads", "0"], "--threads 0 must be at least 1"),
         (["--output", "x.csv"], "name a group or a row"),
@@ -207,6 +210,50 @@ def test_a_row_brings_its_environment(monkeypatch) -> None:
     for record, target in zip(records, (1.15, None), strict=True):
         assert record["model"].endswith("8 runs of 600 steps x 16 x 64 tokens")
         assert record["ratio"] == 1.0 and record["target"] == target
+
+
+def test_a_row_that_the_memory_does_not_hold_says_so_and_is_not_begun(
+    monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(harness, "run_case", None)
+    row = dataclasses.replace(find_row("step-olmo-1b"), needs=lambda settings: 1e15)
+    records = harness.run_row(row)
+    assert [record["quantity"] for record in records] == ["time", "memory"]
+    for record in records:
+        assert re.search(
+            r"1 x 1 x 1024 tokens, not run: 1000000.0 GB needed, \d+\.\d GB free$", record["model"]
+        )
+        assert np.isnan([record[name] for name in ("ours", "baseline", "ratio")]).all()
+        assert record["met"] == "" and record["repeats"] == 0
+    assert "not run" in list(harness.lines(records))[1]
+    harness.write(records, tmp_path / "bench.csv", {}, load=0.5)
+    assert read_table(tmp_path / "bench.csv")["ours"].isna().all()
+
+
+def test_rows_of_the_full_size_have_the_shape_of_the_paper() -> None:
+    for row in rows_of("fullsize").values():
+        config = AutoConfig.for_model(**row.settings["model"])
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert count == PAPER["OLMo-1B"].parameters == fullsize.shape(row.settings).parameters
+        assert fullsize.shape(row.settings) == PAPER["OLMo-1B"]
+        weights = 4 * count
+        assert weights < row.needs(row.settings) < 4.6 * weights
+
+
+def test_the_floor_of_the_full_size_is_of_as_many_flops() -> None:
+    settings = {**entropy.TINY, "tokens": 16}
+    done = fullsize.PRODUCTS * 2 * 16 * 16 * 32
+    assert fullsize.products(settings, 2.5 * done).units == pytest.approx(1 / 2.5)
+    variants = fullsize.measuring(settings)
+    # two layers of 2048 weights of attention's four and the three matrices, and attention itself
+    a_token = 2 * 2 * (4 * 16 * 16 + 3 * 16 * 32) + 4 * 2 * 16 * 16
+    assert variants["matrix products"].units == pytest.approx(done / (16 * a_token))
+    assert (
+        sum(part.numel() for part in fullsize.weights(settings))
+        == fullsize.shape(settings).parameters
+    )
 
 
 def test_a_case_that_fails_says_so() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from kelib.config import Model, repository_root
 from kelib.errors import KelibError
 from kelib.own_model import own_model_run, own_text, parameters_in, place_of, state_of
 from kelib.packing import save_tokenizer, train_tokenizer
-from kelib.published import PublishedStudy, measure_published, published_from
+from kelib.published import PublishedStudy, PublishedTables, measure_published, published_from
 from kelib.published_jobs import draw_sequences, read_text
 from kelib.runs import perform
 from kelib.study import clean
@@ -252,3 +253,37 @@ def test_the_plan_of_a_folder_counts_its_headers(
     table = planner.published_table(study, None).set_index("kind")
     assert table.loc["published", "flops"] == 2 * model.num_parameters() * (64 + 8) * LENGTH
     assert table.loc["own_model", "stored"] == 0 and planner.downloads(study) == {}
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "title", "data", "called"),
+    [
+        ("/a/b/llama", "llama", ["/a/b/notes.txt", "news"], ["notes.txt", "news"]),
+        ("me/mine", "me/mine", ["texts/one", "hub:c4"], ["texts/one", "hub:c4"]),
+        (
+            "smollm2",
+            "SmolLM2-135M-Instruct",
+            ["~/a/x.txt", "~/b/x.txt"],
+            ["~/a/x.txt", "~/b/x.txt"],
+        ),
+    ],
+)
+def test_figures_call_long_paths_by_their_last_part(
+    source: str, title: str, data: list[str], called: list[str], tmp_path: Path
+) -> None:
+    parameters = study_of(tmp_path, model__source=source, data=data).profile.parameters
+    tables = PublishedTables("mine", (0,), parameters, tmp_path, tmp_path)
+    assert (tables.title, tables.texts) == (title, dict(zip(data, called, strict=True)))
+
+
+def test_make_draws_the_figure_of_a_published_model() -> None:
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "-n", "figures", "PROFILE=mine", "USE_ENV=1", "PYTHON=python"]
+    done = subprocess.run(
+        command, cwd=repository_root(), env=environment, capture_output=True, text=True, check=True
+    )
+    asked = [line.split()[4] for line in done.stdout.splitlines() if "kelib notebook" in line]
+    assert asked == ["notebooks/stages/5_published.ipynb", "notebooks/ours_published.ipynb"]

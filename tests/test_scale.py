@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from kelib.scale import (
     Shape,
     device_hours,
     forward_flops,
+    fsdp2_memory,
     paper_flops,
     shape_of,
     training_flops,
@@ -101,6 +103,20 @@ def test_memory_by_hand():
     seven = PAPER["OLMo-7B"]
     assert training_memory(seven, 1024).total > DEVICES["H100"].memory
     assert training_memory(seven, 8 * 1024, devices=8).total < 0.5 * DEVICES["H100"].memory
+
+
+def test_memory_under_fsdp2_by_hand():
+    shared = fsdp2_memory(SMALL, 10, 4)
+    assert shared.states == 16 / 4 * 1304
+    # embeddings and head twice 400, layers of 168: whole weights, gradients, copies in 16 bits
+    assert shared.gathered == 4 * (800 + 2 * 168) + 4 * (800 + 168) + 2 * 1304
+    assert shared.activations == 10 * (3 * 4 * 4 + 34 * 4)
+    assert shared.logits == 10 * 6 * 100
+    tied = fsdp2_memory(dataclasses.replace(SMALL, tied=True), 10, 4)
+    assert shared.gathered - tied.gathered == 2 * 4 * 400 + 2 * 400
+    seven = fsdp2_memory(PAPER["OLMo-7B"], 8192, 8)
+    assert seven.states == pytest.approx(13.78e9, rel=1e-3)
+    assert 0.4 < seven.total / DEVICES["H100"].memory < 0.6
 
 
 def test_hours_by_hand():
