@@ -24,7 +24,18 @@ KELIB = Path(__file__).parents[1] / "kelib"
 # Settings are in the digest as values; errors, and how the hub is asked for a commit and its files
 # are fetched, change no number; of the other two, which also hold what no run rests on, the table
 # names single functions.
-LEFT_OUT = {"arms", "config", "errors", "jobs", "metrics", "recipes", "schema", "sections"}
+LEFT_OUT = {
+    "arms",
+    "config",
+    "errors",
+    "jobs",
+    "metrics",
+    "recipes",
+    "schema",
+    "seals",
+    "sections",
+    "temporary",
+}
 LEFT_OUT |= {"checkpoint_files", "fetching", "hub"}
 # Jobs that use nothing of what jobs.py imports at its top: texts of gigabytes that other code names
 # would be fetched again for nothing.
