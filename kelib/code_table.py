@@ -35,6 +35,16 @@ _TRAJECTORY = (
     *_ENTROPY,
     *_EVALUATION,
 )
+_LEARNING_TEXT = (
+    *("learning_text", "packed_text", "hub_text", "packing", "pretrained", "sources", "parsing"),
+    *("model_import", "archives", "checkpoints", "corpus", "world", "entries", "dice", "wordings"),
+)
+_KNOWN = (
+    *("known", "continued_profile", "fictional", "published_questions", "questions"),
+    *("tasks", "task_files", "tables:write_atomically"),
+    *_LEARNING_TEXT,
+    *_EVALUATION,
+)
 _MECHANISM = ("mechanism", "attribution", "decomposition", "sensitivity")
 CODE = {
     "corpus": (
@@ -69,6 +79,13 @@ CODE = {
     ),
     "untrained": ("jobs:untrained", *_TRAJECTORY),
     "trajectory": ("jobs:trajectory", *_TRAJECTORY),
+    "learning_text": ("jobs:learning_text", *_LEARNING_TEXT),
+    "known": ("jobs:known", *_KNOWN),
+    "continued": (
+        *("jobs:continued", "continued_jobs", "learning", "learning_inputs", "launching"),
+        *("sharding", "sharded_states", "training", "injection", "continual", "processes"),
+        *("architectures", *_KNOWN),
+    ),
     "continual": (
         *("jobs:continual", "training", "injection", "continual", "tables:write_atomically"),
         *_CHANGED,

@@ -12,8 +12,9 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from kelib import hub
 from kelib.checkpoint_files import CONFIG, TOKENIZER, find_weights, index_of
@@ -21,6 +22,7 @@ from kelib.errors import KelibError
 
 GIB = 2**30
 _KEEP = "keep"  # a file in the cache: there is room for all, so nothing is released
+_HELD = ".held"  # behind a commit: several runs share it
 _COMMIT = re.compile(r"[0-9a-f]{40}(\.part)?")
 
 
@@ -63,8 +65,9 @@ def fetch(repo: str, commit: str, cache: Path) -> Path:
 
 
 def release(commit: str, cache: Path) -> None:
-    """Delete a checkpoint, unless :func:`make_room` found that all may stay."""
-    if not (cache / _KEEP).exists():
+    """Delete a checkpoint, unless it is :func:`held` or :func:`make_room` found that all may
+    stay."""
+    if not (cache / _KEEP).exists() and not (cache / f"{commit}{_HELD}").exists():
         with _alone(commit, cache):
             _delete(commit, cache)
 
@@ -79,6 +82,28 @@ def borrowed(repo: str, commit: str, cache: Path) -> Iterator[Path]:
         release(commit, cache)
 
 
+def checkpoint(settings: Mapping[str, Any], inputs: Mapping[str, Path], undo: ExitStack) -> Path:
+    """The folder of a checkpoint: fetched, and released when ``undo`` closes; or a local one."""
+    if "cache" in inputs:
+        commit = settings["commit"]
+        return undo.enter_context(borrowed(settings["repo"], commit, inputs["cache"]))
+    return inputs["checkpoints"] / settings["revision"]
+
+
+@contextmanager
+def held(commit: str, cache: Path) -> Iterator[None]:
+    """Keep a checkpoint, once it is fetched, for all runs of the block; it is released at the end,
+    after an error too.
+    """
+    mark = cache / f"{commit}{_HELD}"
+    mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+        release(commit, cache)
+
+
 def make_room(wanted: Sequence[tuple[str, str]], cache: Path, bound: float, at_once: int) -> int:
     """How many checkpoints may lie in ``cache`` at once.
 
@@ -87,6 +112,8 @@ def make_room(wanted: Sequence[tuple[str, str]], cache: Path, bound: float, at_o
     others is deleted. Raises KelibError if there is no room for ``at_once``, and as :func:`needed`.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    for mark in cache.glob(f"*{_HELD}"):  # of a process that was killed
+        mark.unlink(missing_ok=True)
     commits = {commit for _, commit in wanted}
     sizes = {
         commit: _bytes(cache / commit) or sum(needed(repo, commit).values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pandas as pd
 
 from kelib.config import Continual, Corpus, Model, Pretraining, Training, convert
 from kelib.corpus import Mixture, build_corpus, load_corpus
+from kelib.versions import versions
 from kelib.world import World, build_world
 
 Settings = Mapping[str, Any]
@@ -26,14 +26,6 @@ Inputs = Mapping[str, Path]
 Progress = Callable[[float], None]  # share of the job that is done, 0 to 1
 STATE = "state.safetensors"
 OPTIMIZER = "optimizer.safetensors"  # the same, kept in the folder of a checkpoint
-
-
-def versions() -> dict[str, str]:
-    """Versions that can change a number."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def corpus(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
@@ -335,6 +327,27 @@ def untrained(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
     from kelib import trajectory_jobs
 
     trajectory_jobs.untrained(settings, inputs, folder, progress)
+
+
+def learning_text(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Pack the text that published checkpoints are continued on."""
+    from kelib import learning_text
+
+    learning_text.learning_text(settings, inputs, folder, progress)
+
+
+def known(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """What a published checkpoint knows before it is continued."""
+    from kelib import known
+
+    known.known(settings, inputs, folder, progress)
+
+
+def continued(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    """Continue a published checkpoint, and what it knows then."""
+    from kelib import continued_jobs
+
+    continued_jobs.continued(settings, inputs, folder, progress)
 
 
 def asked(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:

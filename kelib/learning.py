@@ -31,7 +31,6 @@ from accelerate.utils import patch_environment
 from kelib.config import load_profile
 from kelib.errors import KelibError, listing
 from kelib.injection import Injector
-from kelib.jobs import versions
 from kelib.launching import agreed, launched
 from kelib.learning_inputs import Settings, batches, read_sequences, sha256_of
 from kelib.pretrained import load_model, locate, read_tokenizer
@@ -47,6 +46,7 @@ from kelib.sharding import (
     wishes_of_launcher,
 )
 from kelib.tables import write_atomically
+from kelib.versions import versions
 
 RESULT = "learned.json"
 
@@ -59,6 +59,7 @@ def learn(
     recompute: bool | None = None,
     save_every: int | None = None,
     dtype: torch.dtype = torch.float32,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted, and write the folder ``out``; its note.
 
@@ -68,6 +69,7 @@ def learn(
         recompute: activations, in the backward pass; None: as the launcher was configured.
         save_every: steps between two states; None: as the profile says.
         dtype: of weights, gradients and moments.
+        progress: called after each step with the share that is done.
 
     It joins the other processes itself and leaves them at the end, so that ``notebook_launcher``
     takes it as it is. A run that is done is not run again. Raises KelibError for settings that
@@ -105,6 +107,8 @@ def learn(
             held = _weigh(trainer)
 
             def on_step(step: int, _trainer: Any) -> None:
+                if progress is not None:
+                    progress(step / plan.steps)
                 if every and step % every == 0 and step < plan.steps:
                     notes = {"digest": name, "injector": injector.state_dict()}
                     save_state(trainer, out / "state", notes)

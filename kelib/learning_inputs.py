@@ -13,6 +13,7 @@ import numpy as np
 
 from kelib.config import TEXTS, Profile
 from kelib.continual import reading_order
+from kelib.continued_profile import Protocol
 from kelib.errors import KelibError, listing
 from kelib.fictional import load_fictional_knowledge
 from kelib.injection import Injector, encode_passages, injection_schedule
@@ -24,17 +25,19 @@ class Settings:
     """What is learned from what.
 
     Attributes:
-        profile: protocol and precision; the generated world.
+        profile: protocol and precision; the generated world. A profile of a study, or a
+            :class:`kelib.continued_profile.Protocol`.
         model: folder that ``save_pretrained`` wrote, or the id of a model on the hub.
         corpus: see :func:`read_sequences`; ``text`` is what is read of it, a key of ``TEXTS``.
         seed: of the generated world; cl_seed: of reading order and injection.
         learning_rate: peak.
         entries: where the injected passages come from, see
             :func:`kelib.fictional.load_fictional_knowledge`; None: the generated world.
+        paraphrase_entries: how many of ``entries`` form the paraphrase set, where these do not say.
         injected: False trains on the text alone.
     """
 
-    profile: Profile
+    profile: Profile | Protocol
     model: str
     corpus: str
     seed: int
@@ -44,6 +47,7 @@ class Settings:
     epochs: int = 1
     entries: str | None = None
     injected: bool = True
+    paraphrase_entries: int | None = None
 
     def __post_init__(self) -> None:
         if self.text not in TEXTS:
@@ -67,6 +71,8 @@ class Settings:
             "precision": self.profile.training.precision,
         }
         others = {name: value for name, value in vars(self).items() if name != "profile"}
+        if self.paraphrase_entries is None:  # runs older than this keep their digest
+            del others["paraphrase_entries"]
         return {"profile": self.profile.profile, **others, "protocol": protocol}
 
 
@@ -116,7 +122,7 @@ def batches(
         world = build_world(settings.profile.corpus.world, settings.seed)
         once, paraphrase = world.once, world.paraphrase
     else:
-        once, paraphrase = load_fictional_knowledge(settings.entries)
+        once, paraphrase = load_fictional_knowledge(settings.entries, settings.paraphrase_entries)
     passages = encode_passages(tokenizer, {"once": once, "paraphrase": paraphrase})
     schedule = injection_schedule(
         len(once),

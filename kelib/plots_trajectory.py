@@ -48,6 +48,8 @@ def along(totals: pd.DataFrame, ax: Axes, x: str, by: str) -> Axes:
     right.set_ylabel("% of the bound")
     along_training(ax, totals[x], x)
     ax.set_ylabel("entropy (nats)")
+    for axis in (ax, right):  # changes may be small beside the values
+        axis.ticklabel_format(axis="y", useOffset=False)
     return ax
 
 

@@ -22,6 +22,7 @@ from kelib.config import EXECUTORS
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
 from kelib.run import Run, is_locked, locked
+from kelib.versions import versions
 
 if TYPE_CHECKING:
     from kelib.workers import Workers
@@ -65,7 +66,7 @@ def perform(run: Run) -> float:
                 "code": code_digest(run.kind),
                 "settings": dict(run.settings),
                 "inputs": {name: made.digest for name, made in run.inputs.items()},
-                "versions": jobs.versions(),
+                "versions": versions(),
                 "seconds": round(seconds, 2),
                 # of this process's threads, whatever else the machine does
                 "cpu_seconds": round(time.process_time() - processor, 2),

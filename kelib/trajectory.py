@@ -20,10 +20,11 @@ from typing import Any
 
 import pandas as pd
 
+from kelib import continued
 from kelib.audit import refuse_bad
 from kelib.catalogue import catalogued, revisions_of
 from kelib.errors import KelibError, listing
-from kelib.fetching import GIB, fetching_ahead, make_room
+from kelib.fetching import GIB, fetching_ahead, held, make_room
 from kelib.hub_sources import text_runs
 from kelib.own_model import place_of, state_of, with_places
 from kelib.published import GENERATED, data_folder
@@ -73,16 +74,27 @@ class Trajectory:
         model = self.profile.model
         if not model.steps and not model.is_folder:
             raise KelibError(f"model.steps is empty: give steps of {model.source} to measure")
+        steps = model.steps or [r.step for r in self._known if r.step is not None]
+        return self._picked(steps)
+
+    @functools.cached_property
+    def learning_revisions(self) -> list[Revision]:
+        """The checkpoints that are continued, of :attr:`revisions`, in order of their steps."""
+        learning = self.profile.learning
+        return [] if learning is None else self._picked(learning.steps)
+
+    @functools.cached_property
+    def _known(self) -> list[Revision]:
+        model = self.profile.model
         if model.is_generated:
-            found = [Revision(model.source, f"step{n}", "", step=n) for n in model.steps]
-        else:
-            known = (
-                revisions_in(place_of(model.source))
-                if model.is_folder
-                else revisions_of(model.source, self.lock)
-            )
-            steps = model.steps or [r.step for r in known if r.step is not None]
-            found = pick(known, steps, model.choice, model.stage)
+            return [Revision(model.source, f"step{n}", "", step=n) for n in model.steps]
+        if model.is_folder:
+            return revisions_in(place_of(model.source))
+        return revisions_of(model.source, self.lock)
+
+    def _picked(self, steps: Iterable[int]) -> list[Revision]:
+        model = self.profile.model
+        found = pick(self._known, list(steps), model.choice, model.stage)
         return sorted(found, key=lambda revision: revision.step or 0)
 
     def tokens_seen(self, revision: Revision) -> float:
@@ -104,19 +116,40 @@ class Trajectory:
         if texts:  # files of the reader's may change
             settings["texts"] = texts
         settings |= {"dtype": profile.model.dtype, "separator": profile.model.separator}
-        settings |= {"revision": revision.name, "commit": revision.commit, "repo": None}
-        home, files = self.measurements / KEY, {"sources": self.data / "sources"}
-        inputs: dict[str, Run] = dict(text_runs(profile.data, self.data))
-        if profile.model.is_generated:
-            inputs["checkpoints"] = self._generated()
-        elif profile.model.is_folder:
-            files["checkpoints"] = place_of(profile.model.source)
-        else:
-            settings["repo"], files["cache"] = revision.repo, self.cache
-        return Run(KEY, home, settings, inputs, files)
+        place, made, files = self.place_of(revision)
+        inputs = {**text_runs(profile.data, self.data), **made}
+        files = {"sources": self.data / "sources", **files}
+        return Run(KEY, self.measurements / KEY, settings | place, inputs, files)
+
+    def place_of(
+        self, revision: Revision
+    ) -> tuple[dict[str, Any], dict[str, Run], dict[str, Path]]:
+        """What a run needs to find a checkpoint: settings, runs and files among its inputs."""
+        model = self.profile.model
+        place: dict[str, Any] = {"revision": revision.name, "commit": revision.commit, "repo": None}
+        if model.is_generated:
+            return place, {"checkpoints": self._generated()}, {}
+        if model.is_folder:
+            return place, {}, {"checkpoints": place_of(model.source)}
+        return place | {"repo": revision.repo}, {}, {"cache": self.cache}
 
     def runs(self) -> list[Run]:
         return [self.run_of(revision) for revision in self.revisions]
+
+    def runs_by_revision(self) -> dict[str, list[Run]]:
+        """All runs, those of continual learning too, by the name of their checkpoint."""
+        continued_ones = {revision.name for revision in self.learning_revisions}
+        return {
+            revision.name: [
+                self.run_of(revision),
+                *(
+                    continued.learning_runs(self, revision)
+                    if revision.name in continued_ones
+                    else ()
+                ),
+            ]
+            for revision in self.revisions
+        }
 
     def _generated(self) -> Run:
         settings = {
@@ -164,29 +197,75 @@ def measure_trajectory(study: Trajectory) -> dict[str, pd.DataFrame]:
     ``entropy``, ``totals`` and ``texts``: as of :func:`kelib.published.measure_published`, with
     revision, step and tokens_seen (of training) in front. ``revisions``: stage, repository, commit
     and what the audit remarks of each. Mean coefficients go to
-    ``coefficients-<revision>.safetensors``. Raises KelibError for revisions that the audit calls
-    bad, and if ``cache_gib`` or the disk is too small.
+    ``coefficients-<revision>.safetensors``. With a section ``learning`` also those of
+    :data:`kelib.continued.TABLES`. Raises KelibError for revisions that the audit calls bad, and if
+    ``cache_gib`` or the disk is too small.
     """
-    profile, runs = study.profile, study.runs()
-    on_hub = [run.settings["repo"] is not None for run in runs]
+    profile, model = study.profile, study.profile.model
     remarks: dict[str, str] = {}
-    if any(on_hub):
-        model = profile.model
+    fetched = not (model.is_generated or model.is_folder)
+    if fetched:
         remarks = refuse_bad(model.source, study.revisions, model.accept, study.audits)
-    missing = [run for run, fetched in zip(runs, on_hub, strict=True) if fetched and not run.done]
-    with _ahead(study, missing) if missing else nullcontext():
+    if profile.learning is not None:
+        continued.write_launch(study)
+    groups = study.runs_by_revision()
+    if not fetched:
+        runs = [run for group in groups.values() for run in group]
         execute(runs, profile.workers, KEY, profile.executor)
-    return _write(study, runs, remarks)
+    else:
+        _fetch_and_do(study, groups)
+    tables = _write(study, study.runs(), remarks)
+    if profile.learning is not None:
+        tables |= _write_learning(study, tables["totals"])
+    return tables
 
 
-def _ahead(study: Trajectory, missing: list[Run]) -> Any:
-    wanted = [(run.settings["repo"], run.settings["commit"]) for run in missing]
-    at_once = min(study.profile.workers, len(missing))
+def _fetch_and_do(study: Trajectory, groups: Mapping[str, list[Run]]) -> None:
+    """Checkpoints that one run wants, ``workers`` at once; then, one by one, those that several
+    runs share, each of which stays until all of them are done."""
+    profile = study.profile
+    single = [group[0] for group in groups.values() if len(group) == 1]
+    shared = [group for group in groups.values() if len(group) > 1]
+    missing = [[run] for run in single if not run.done]
+    with _ahead(study, missing, profile.workers) if missing else nullcontext():
+        execute(single, profile.workers, KEY, profile.executor)
+    missing = [group for group in shared if not all(run.done for run in group)]
+    with _ahead(study, missing, 1) if missing else nullcontext():
+        for group in shared:
+            there = all(run.done for run in group)
+            commit = group[0].settings["commit"]
+            with nullcontext() if there else held(commit, study.cache):
+                execute(group, profile.workers, KEY, profile.executor)
+
+
+def _ahead(study: Trajectory, missing: list[list[Run]], workers: int) -> Any:
+    wanted = [(group[0].settings["repo"], group[0].settings["commit"]) for group in missing]
+    at_once = min(workers, len(missing))
     slots = make_room(wanted, study.cache, study.profile.cache_gib * GIB, at_once)
     # a run is measured after its checkpoint was released
-    states = [functools.partial(getattr, run, "done") for run in missing]
+    states = [functools.partial(_all_done, group) for group in missing]
     queue = [(*one, state) for one, state in zip(wanted, states, strict=True)]
     return fetching_ahead(queue, study.cache, slots)
+
+
+def _all_done(runs: list[Run]) -> bool:
+    return all(run.done for run in runs)
+
+
+def _write_learning(study: Trajectory, totals: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    known = continued.known_table(study, totals)
+    parts = {"known": known, "continual": continued.continual_table(study, known)}
+    runs = [r for one in study.learning_revisions for r in continued.learning_runs(study, one)]
+    inputs = {f"{run.kind} {run.digest}": run.digest for run in runs}
+    note = provenance(study.profile.parameters, [continued.SEED], inputs)
+    note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in runs), 1)
+    note["runs"] = len(runs)
+    tables = {}
+    for name, part in parts.items():
+        path = study.measurements / f"{name}.csv"
+        write_table(part, path, note)
+        tables[name] = read_table(path)
+    return tables
 
 
 def _write(

@@ -19,7 +19,7 @@ from kelib.checkpoints import new_model
 from kelib.config import Model
 from kelib.errors import KelibError
 from kelib.evaluation import heldout_loss
-from kelib.fetching import borrowed
+from kelib.fetching import checkpoint
 from kelib.measurement import EntropyMeasurement
 from kelib.model_import import SHAPE, VOCABULARY, generated_documents
 from kelib.packing import save_tokenizer, train_tokenizer
@@ -51,7 +51,7 @@ def trajectory(
     tables: dict[str, list[pd.DataFrame]] = {"entropy": [], "totals": [], "texts": []}
     coefficients: dict[str, np.ndarray] = {}
     with ExitStack() as undo:
-        place = _checkpoint(settings, inputs, undo)
+        place = checkpoint(settings, inputs, undo)
         undo.enter_context(quiet())
         drawn = [_sequences(text, settings, inputs["sources"], place) for text in texts.values()]
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,13 +104,6 @@ def untrained(
             model = new_model(convert(Model, shape, "model"), VOCABULARY, length, seed=step)
             model.save_pretrained(folder / f"step{step}")
             save_tokenizer(tokenizer, length, folder / f"step{step}")
-
-
-def _checkpoint(settings: Mapping[str, Any], inputs: Mapping[str, Path], undo: ExitStack) -> Path:
-    if "cache" in inputs:
-        commit = settings["commit"]
-        return undo.enter_context(borrowed(settings["repo"], commit, inputs["cache"]))
-    return inputs["checkpoints"] / settings["revision"]
 
 
 def _sequences(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kelib.continued_profile import NOT_OF_A_RUN, Learning
 from kelib.errors import listing
 from kelib.own_model import place_of
 from kelib.profile_kinds import load_kind, profile_from_values, profiles_of_kind
@@ -77,18 +78,28 @@ class TrajectoryProfile:
     loss_sequences: int
     cache_gib: float  # bound of the checkpoints that lie on the disk at once
     executor: str = "local"  # or slurm: jobs of a cluster, with notebooks/params/cluster.yaml
+    learning: Learning | None = None  # continual learning from some of the checkpoints
 
     def __post_init__(self) -> None:
         shared = {name: getattr(self, name) for name in _SHARED}
         model = PublishedModel(self.model.source)
         PublishedProfile(published=self.trajectory, model=model, **shared)  # refuses what cannot be
         require(self.cache_gib > 0, "cache_gib", self.cache_gib, "above 0")
+        if self.learning is not None and self.model.steps:
+            for step in self.learning.steps:
+                among = f"among model.steps, {listing(map(str, self.model.steps), 20)}"
+                require(step in self.model.steps, "learning.steps", step, among)
 
     @property
     def parameters(self) -> dict[str, Any]:
         """All that can change a number, as JSON values, with the name under ``profile`` too."""
         plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(self, workers=1))))
         del plain["executor"]
+        if self.learning is None:  # profiles older than the section keep their digest
+            del plain["learning"]
+        else:
+            for name in NOT_OF_A_RUN:
+                del plain["learning"][name]
         return {"profile": self.trajectory, **plain}
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kelib import code_table, jobs
+from kelib import code_table, continued, jobs
 from kelib.beyond import branch_run, mechanism_runs, reactivation_runs, retention_runs
 from kelib.code_table import CODE, code_digest
 from kelib.config import load_profile
@@ -36,7 +36,7 @@ LEFT_OUT = {
     "sections",
     "temporary",
 }
-LEFT_OUT |= {"checkpoint_files", "fetching", "hub"}
+LEFT_OUT |= {"checkpoint_files", "fetching", "hub", "versions"}
 # Jobs that use nothing of what jobs.py imports at its top: texts of gigabytes that other code names
 # would be fetched again for nothing.
 ALONE = {"hub_text", "packed_text"}
@@ -108,6 +108,10 @@ def run_of(kind: str) -> Run:
     runs["packed_text"] = Run("packed_text", Path("data"), {}, {"text": runs["hub_text"]})
     runs["trajectory"] = Trajectory(load_trajectory("trajectory_smoke"), Path("data")).runs()[0]
     runs["untrained"] = runs["trajectory"].inputs["checkpoints"]
+    along = Trajectory(load_trajectory("trajectory_smoke"), Path("data"))
+    runs["learning_text"] = continued.text_run(along)
+    runs["known"] = continued.known_run(along, along.learning_revisions[0])
+    runs["continued"] = continued.continued_runs(along, along.learning_revisions[0])[0]
     return runs[kind]
 
 

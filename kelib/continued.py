@@ -1,0 +1,190 @@
+"""Continual learning from published checkpoints: grid of runs and tables. No torch.
+
+For every stage of the section ``learning`` of a trajectory profile there is a run ``known``, what
+the checkpoint knows, and for each rate, seed, with passages and without, a run ``continued``, what
+it knows after continual learning (see :mod:`kelib.continued_jobs`). They share the checkpoint with
+the entropies of the same revision, which lies on the disk while any of them wants it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from kelib.continued_intervals import item_intervals
+from kelib.continued_profile import NOT_OF_A_RUN, Learning, protocol_values
+from kelib.hub_sources import text_runs
+from kelib.metrics import forgetting_over_chance
+from kelib.revisions import Revision
+from kelib.runs import Run
+from kelib.study_tables import learning_table
+from kelib.tables import write_atomically
+
+if TYPE_CHECKING:
+    from kelib.trajectory import Trajectory
+
+TABLES = ("known", "continual")
+SEED = 0  # a published model is one pretraining run
+
+
+def learning_of(study: Trajectory) -> Learning:
+    """The section of the profile, which must be there."""
+    learning = study.profile.learning
+    assert learning is not None
+    return learning
+
+
+def text_run(study: Trajectory) -> Run:
+    """The text, packed with the tokenizer of the first stage."""
+    learning, first = learning_of(study), study.learning_revisions[0]
+    settings: dict[str, Any] = {
+        "text": learning.text,
+        "sequence_length": learning.sequence_length,
+        "sequences": learning.packed,
+        "heldout_sequences": learning.heldout_sequences,
+    }
+    place, inputs, files = study.place_of(first)
+    inputs |= text_runs([learning.text], study.data)
+    files = {"sources": study.data / "sources", **files}
+    files.pop("cache", None)  # the tokenizer alone is fetched, by transformers
+    home = study.data / "sources" / "learning"
+    return Run("learning_text", home, settings | place, inputs, files)
+
+
+def known_run(study: Trajectory, revision: Revision) -> Run:
+    """What a checkpoint knows."""
+    return _run(study, revision, "known", {})
+
+
+def continued_runs(study: Trajectory, revision: Revision) -> list[Run]:
+    """Continual learning from a checkpoint: each rate and seed, injected and, with ``control``,
+    not.
+    """
+    learning = learning_of(study)
+    shown = (True, False) if learning.control else (True,)
+    return [
+        _run(
+            study,
+            revision,
+            "continued",
+            {
+                "protocol": protocol_values(learning),
+                "learning_rate": rate,
+                "cl_seed": seed,
+                "injected": injected,
+            },
+        )
+        for rate in learning.learning_rates
+        for seed in learning.seeds
+        for injected in shown
+    ]
+
+
+def learning_runs(study: Trajectory, revision: Revision) -> list[Run]:
+    """All of one stage."""
+    return [known_run(study, revision), *continued_runs(study, revision)]
+
+
+def write_launch(study: Trajectory) -> None:
+    """How runs share the work out, beside them: it is no part of what names them."""
+    learning = learning_of(study)
+    launch = {name: getattr(learning, name) for name in NOT_OF_A_RUN}
+    write_atomically(study.measurements / "launch.json", json.dumps(launch, indent=1) + "\n")
+
+
+def _run(study: Trajectory, revision: Revision, kind: str, more: Mapping[str, Any]) -> Run:
+    learning = learning_of(study)
+    place, inputs, files = study.place_of(revision)
+    settings = {
+        "seed": study.profile.seed,
+        "step": revision.step,
+        "entries": learning.entries,
+        "paraphrase_entries": learning.paraphrase_entries,
+        "tasks": list(learning.tasks),
+        "task_limit": learning.task_limit,
+        "score_batch": learning.score_batch,
+        **learning.content(),
+        **place,
+        **more,
+    }
+    inputs["text"] = text_run(study)
+    files = {"sources": study.data / "sources", **files}
+    named = {"entries": learning.entries_path, "tasks": learning.task_folder}
+    files |= {name: path.resolve() for name, path in named.items() if path is not None}
+    if kind == "continued":
+        files["launch"] = study.measurements / "launch.json"
+    return Run(kind, study.measurements / kind, settings, inputs, files)
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def known_table(study: Trajectory, totals: pd.DataFrame) -> pd.DataFrame:
+    """A row for each stage: revision, step, tokens_seen, stage_label, all that the run found, and
+    entropy, its entropy_error (knowledge entropy of the first definition on the first text, nats).
+    """
+    profile = study.profile
+    chosen = totals[totals["kind"] == "knowledge"]
+    chosen = chosen[chosen["coefficient"] == profile.definitions[0]]
+    chosen = chosen[chosen["data"] == profile.data[0]].set_index("revision")
+    rows = []
+    for revision in study.learning_revisions:
+        tokens = study.tokens_seen(revision)
+        row = {"revision": revision.name, "step": revision.step, "tokens_seen": tokens}
+        row["stage_label"] = revision.name if np.isnan(tokens) else f"{tokens / 1e9:.3g}B tokens"
+        row |= known_run(study, revision).read()
+        row["entropy"] = chosen.loc[revision.name, "entropy_nats"]
+        row["entropy_error"] = chosen.loc[revision.name, "standard_error"]
+        rows.append(row)
+    return pd.DataFrame(rows).drop(columns="device")
+
+
+def continual_table(study: Trajectory, known: pd.DataFrame) -> pd.DataFrame:
+    """A row for each run, with the columns of :func:`kelib.study_tables.continual_table` that have
+    a meaning here: settings, before (``_pt``), after (``_cl``), A and F.
+
+    ``seed`` is that of pretraining and always 0. ``chance`` is the mean over tasks. ``_low`` and
+    ``_high`` bound K, A, P and F over the entries and questions of that one run, see
+    :func:`kelib.continued_intervals.item_intervals`; and k_gain and p_change, the differences.
+    """
+    before = known.set_index("revision")
+    rows = []
+    for revision in study.learning_revisions:
+        start, first = before.loc[revision.name], known_run(study, revision)
+        for run in continued_runs(study, revision):
+            rows.append(_row(run, first, start))
+    table = learning_table(rows)
+    shares = forgetting_over_chance(table["p_pt"], table["p_cl"], table["chance"])
+    return table.assign(forgetting_over_chance=shares).drop(columns=["ratio", "factor"])
+
+
+def _row(run: Run, first: Run, start: pd.Series) -> dict[str, Any]:
+    s, after = run.settings, run.read()
+    losses = after.pop("losses")
+    for name in ("device", "processes", "bytes", "parameters", "chance"):
+        after.pop(name)
+    row = {
+        "seed": SEED,
+        "stage_step": s["step"],
+        "stage_label": start["stage_label"],
+        "variant": "protocol",
+        "learning_rate": s["learning_rate"],
+        "cl_seed": s["cl_seed"],
+        "injected": s["injected"],
+        "intervention": "none",
+        "ratio": np.nan,
+        "factor": np.nan,
+        "chance": start["chance"],
+        "tokens_per_parameter": start["tokens_seen"] / start["parameters"],
+        "entropy_pt": start["entropy"],
+        "train_loss_first": losses[0],
+        "train_loss_last": losses[-1],
+    }
+    row |= {f"{name}_pt": start[name] for name in after}
+    row |= {f"{name}_cl": value for name, value in after.items()}
+    items = [[one.read_table(f"{n}.csv") for one in (first, run)] for n in ("probes", "questions")]
+    return row | item_intervals(*items[0], *items[1])
