@@ -8,11 +8,11 @@ include env.mk
 # the code that computes; drawing, claims and notebooks are not part of it
 PLOTS := $(wildcard kelib/plots*.py)
 OWN := $(addprefix kelib/,own_model.py own_model_jobs.py)
-TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py)
+TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py continued.py continued_profile.py \
+	continued_jobs.py continued_intervals.py known.py learning_text.py learning.py learning_inputs.py sharding.py sharded_states.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
-	planner.py plan_check.py plan_report.py calibration.py miniature.py scale.py cluster.py learning.py learning_inputs.py sharding.py \
-	sharded_states.py any_profile.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
+	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -43,7 +43,7 @@ FIGURES := ours_published
 endif
 # and so has one that measures checkpoints along pretraining
 ifneq ($(call has,trajectory),)
-FIGURES := ours_trajectory
+FIGURES := ours_trajectory $(if $(call has,learning),ours_published_stages)
 endif
 # what drawing rests on: a change of the compute code alone does not redraw
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
@@ -91,7 +91,7 @@ $(MEASURED)/revisions.csv: notebooks/stages/8_trajectory.ipynb $(PARAMS) $(COMPU
 	@$(RUN) $< $(OUT)/8_trajectory.ipynb -p profile=$(PROFILE) -p scratch=false
 
 $(OUT)/ours_published.json: $(MEASURED)/texts.csv
-$(OUT)/ours_trajectory.json: $(MEASURED)/revisions.csv
+$(OUT)/ours_trajectory.json $(OUT)/ours_published_stages.json: $(MEASURED)/revisions.csv
 $(AFTER_2:%=$(OUT)/%.json): $(MEASURED)/checkpoints.csv
 $(AFTER_3:%=$(OUT)/%.json): $(MEASURED)/continual.csv
 $(AFTER_4:%=$(OUT)/%.json): $(MEASURED)/interventions.csv notebooks/params/claims.yaml

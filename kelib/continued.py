@@ -18,6 +18,7 @@ import pandas as pd
 from kelib.continued_intervals import item_intervals
 from kelib.continued_profile import NOT_OF_A_RUN, Learning, protocol_values
 from kelib.hub_sources import text_runs
+from kelib.items import gain_interval
 from kelib.metrics import forgetting_over_chance
 from kelib.revisions import Revision
 from kelib.runs import Run
@@ -150,16 +151,33 @@ def continual_table(study: Trajectory, known: pd.DataFrame) -> pd.DataFrame:
     ``seed`` is that of pretraining and always 0. ``chance`` is the mean over tasks. ``_low`` and
     ``_high`` bound K, A, P and F over the entries and questions of that one run, see
     :func:`kelib.continued_intervals.item_intervals`; and k_gain and p_change, the differences.
+    ``k_injection`` is K_CL minus that of the same run without passages, NaN where there is none.
     """
     before = known.set_index("revision")
     rows = []
     for revision in study.learning_revisions:
         start, first = before.loc[revision.name], known_run(study, revision)
-        for run in continued_runs(study, revision):
-            rows.append(_row(run, first, start))
+        runs = {_of(run): run for run in continued_runs(study, revision)}
+        for (rate, seed, injected), run in runs.items():
+            control = runs.get((rate, seed, False)) if injected else None
+            rows.append(_row(run, first, start) | _injection(run, control))
     table = learning_table(rows)
     shares = forgetting_over_chance(table["p_pt"], table["p_cl"], table["chance"])
     return table.assign(forgetting_over_chance=shares).drop(columns=["ratio", "factor"])
+
+
+def _of(run: Run) -> tuple[float, int, bool]:
+    s = run.settings
+    return s["learning_rate"], s["cl_seed"], s["injected"]
+
+
+def _injection(run: Run, control: Run | None) -> dict[str, float]:
+    names = ("k_injection", "k_injection_low", "k_injection_high")
+    if control is None:
+        return dict.fromkeys(names, np.nan)
+    without, shown = (one.read_table("probes.csv") for one in (control, run))
+    found = gain_interval(without, shown)
+    return dict(zip(names, (found.mean, found.low, found.high), strict=True))
 
 
 def _row(run: Run, first: Run, start: pd.Series) -> dict[str, Any]:

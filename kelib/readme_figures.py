@@ -53,6 +53,7 @@ FIGURES = {
     "ours_plasticity_panel": ("ours", "not reported"),
     "ours_published": ("ours", "OLMo-1B 99.5 % of its bound, other text"),
     "ours_trajectory": ("2", "OLMo-1B 143.9 to 143.4 nats, 7B 297.6 to 297.0"),
+    "ours_published_stages": ("4", "A 25.2 → 18.8 %, F (raw) 10.5 → 19.5 %"),
     "tab00_claims": ("claims", "no intervals reported"),
 }
 
@@ -111,6 +112,7 @@ _STAGES = {
     "ours_contrasts": (),
     "ours_published": ("texts",),
     "ours_trajectory": ("texts",),
+    "ours_published_stages": ("continual",),
     "tab00_claims": (),
 }
 
@@ -145,7 +147,7 @@ def _ours(name: str, tables: Tables) -> str:
         rows = rows[rows["step"] == rows["step"].max()].groupby("sequences")["mean"].mean()
         near = int(rows.index[np.abs(rows.index - 128).argmin()])
         return f"{near} sequences: {rows[near] - rows.iloc[-1]:+.3f} nats from {rows.index[-1]:,}"
-    if name == "ours_trajectory":
+    if name in ("ours_trajectory", "ours_published_stages"):
         return f"`{tables.name}`: untrained models, its numbers mean nothing"
     if name == "ours_published":
         rows = tables.table("totals").query("kind == 'knowledge' and coefficient == 'absolute'")
