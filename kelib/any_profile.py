@@ -55,7 +55,8 @@ def fetch_data(name: str) -> None:
     """
     names: tuple[str, ...]
     if name in trajectory_profiles():
-        names = open_trajectory(name).profile.data  # checkpoints come while they are measured
+        chosen = open_trajectory(name).profile  # checkpoints come while they are measured
+        names = (*chosen.data, *((chosen.learning.text,) if chosen.learning else ()))
     elif name in published_profiles():
         published = open_published(name)
         names = published.profile.data
@@ -82,7 +83,7 @@ def print_states(name: str) -> None:
     study = open_profile(name)
     grids: dict[int, list[Run]]
     if isinstance(study, Trajectory):
-        grids = {8: study.runs()}
+        grids = {8: [run for group in study.runs_by_revision().values() for run in group]}
     elif isinstance(study, PublishedStudy):
         grids = {5: [study.model_run(), *study.runs(), *study.question_runs()]}
     else:

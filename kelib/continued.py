@@ -9,6 +9,7 @@ the entropies of the same revision, which lies on the disk while any of them wan
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import pandas as pd
 
 from kelib.continued_intervals import item_intervals
-from kelib.continued_profile import NOT_OF_A_RUN, Learning, protocol_values
+from kelib.continued_profile import GENERATED, NOT_OF_A_RUN, Learning, protocol_values
+from kelib.errors import KelibError
+from kelib.fictional import HUB_ID
 from kelib.hub_sources import text_runs
 from kelib.items import gain_interval
 from kelib.metrics import forgetting_over_chance
@@ -88,6 +91,17 @@ def continued_runs(study: Trajectory, revision: Revision) -> list[Run]:
 def learning_runs(study: Trajectory, revision: Revision) -> list[Run]:
     """All of one stage."""
     return [known_run(study, revision), *continued_runs(study, revision)]
+
+
+def refuse_missing(learning: Learning) -> None:
+    """Raise KelibError if entries are named that can be nowhere, before anything is computed."""
+    named = learning.entries
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", named) is not None
+    if named != GENERATED and learning.entries_path is None and not on_hub:
+        raise KelibError(
+            f"learning.entries: there is no file or folder {named}; bring the data there, or give "
+            f"'{GENERATED}' or the id of a data set on the hub, such as {HUB_ID}"
+        )
 
 
 def write_launch(study: Trajectory) -> None:

@@ -203,6 +203,8 @@ def measure_trajectory(study: Trajectory) -> dict[str, pd.DataFrame]:
     """
     profile, model = study.profile, study.profile.model
     remarks: dict[str, str] = {}
+    if profile.learning is not None:
+        continued.refuse_missing(profile.learning)
     fetched = not (model.is_generated or model.is_folder)
     if fetched:
         remarks = refuse_bad(model.source, study.revisions, model.accept, study.audits)
