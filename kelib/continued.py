@@ -24,7 +24,7 @@ from kelib.hub_sources import text_runs
 from kelib.items import gain_interval
 from kelib.metrics import forgetting_over_chance
 from kelib.revisions import Revision
-from kelib.runs import Run
+from kelib.run import Run
 from kelib.study_tables import learning_table
 from kelib.tables import write_atomically
 
@@ -149,7 +149,11 @@ def known_table(study: Trajectory, totals: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for revision in study.learning_revisions:
         tokens = study.tokens_seen(revision)
-        row = {"revision": revision.name, "step": revision.step, "tokens_seen": tokens}
+        row: dict[str, Any] = {
+            "revision": revision.name,
+            "step": revision.step,
+            "tokens_seen": tokens,
+        }
         row["stage_label"] = revision.name if np.isnan(tokens) else f"{tokens / 1e9:.3g}B tokens"
         row |= known_run(study, revision).read()
         row["entropy"] = chosen.loc[revision.name, "entropy_nats"]
@@ -167,10 +171,10 @@ def continual_table(study: Trajectory, known: pd.DataFrame) -> pd.DataFrame:
     :func:`kelib.continued_intervals.item_intervals`; and k_gain and p_change, the differences.
     ``k_injection`` is K_CL minus that of the same run without passages, NaN where there is none.
     """
-    before = known.set_index("revision")
+    before: Any = known.set_index("revision")  # rows have no types of their own
     rows = []
     for revision in study.learning_revisions:
-        start, first = before.loc[revision.name], known_run(study, revision)
+        first, start = known_run(study, revision), before.loc[revision.name]
         runs = {_of(run): run for run in continued_runs(study, revision)}
         for (rate, seed, injected), run in runs.items():
             control = runs.get((rate, seed, False)) if injected else None
@@ -194,7 +198,7 @@ def _injection(run: Run, control: Run | None) -> dict[str, float]:
     return dict(zip(names, (found.mean, found.low, found.high), strict=True))
 
 
-def _row(run: Run, first: Run, start: pd.Series) -> dict[str, Any]:
+def _row(run: Run, first: Run, start: Mapping[str, Any]) -> dict[str, Any]:
     s, after = run.settings, run.read()
     losses = after.pop("losses")
     for name in ("device", "processes", "bytes", "parameters", "chance"):

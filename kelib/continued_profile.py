@@ -95,7 +95,8 @@ class Learning:
             self.parallel in PARALLEL, "parallel", self.parallel, f"one of {listing(PARALLEL)}"
         )
         would = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-        known = f"one of {listing(map(str, would), 20)}, the divisors of batch_size"
+        shares = ", ".join(map(str, would))
+        known = f"a divisor of batch_size = {self.batch_size}: {shares}"
         _require(self.processes in would, "processes", self.processes, known)
         folder = self.task_folder
         if folder is not None and not folder.is_dir():

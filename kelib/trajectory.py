@@ -260,7 +260,7 @@ def _write_learning(study: Trajectory, totals: pd.DataFrame) -> dict[str, pd.Dat
     runs = [r for one in study.learning_revisions for r in continued.learning_runs(study, one)]
     inputs = {f"{run.kind} {run.digest}": run.digest for run in runs}
     note = provenance(study.profile.parameters, [continued.SEED], inputs)
-    note["run_seconds"] = round(sum(run.read("run.json")["seconds"] for run in runs), 1)
+    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
     note["runs"] = len(runs)
     tables = {}
     for name, part in parts.items():
