@@ -3,7 +3,8 @@
 Printed are the runs by kind, done and open, with their tokens, FLOPs, bytes and hours; what is to
 be fetched; disk and memory; what each figure rests on; and what the continual learning and the
 entropies of the plan would take with the paper's models. Hours are estimates (see
-:mod:`kelib.calibration`), of one process where nothing else is said.
+:mod:`kelib.calibration`), of one process where nothing else is said. The plan of a trajectory
+profile is that of :mod:`kelib.plan_trajectory`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pandas as pd
 from kelib import planner, stages
 from kelib.calibration import Calibration, calibrate, calibrate_published
 from kelib.config import repository_root
+from kelib.errors import KelibError
 from kelib.figure_stages import figures_of
 from kelib.grid import STAGES, free_bytes, refuse_small_disk
 from kelib.plan_check import check_table, refuse_bad_estimate
@@ -24,12 +26,13 @@ from kelib.published import PublishedStudy, open_published, published_profiles
 from kelib.scale import DEVICES, fsdp2_memory, training_memory
 from kelib.scale import PAPER as PAPER_SHAPES
 from kelib.study import Study
+from kelib.trajectory_profile import trajectory_profiles
 from kelib.workload import shape_of_profile
 
 Column = tuple[str, Callable[[Any], str]]
 KEPT = Path("measurements") / "calibration.json"
 COUNT, TENTHS, HUNDREDTHS = "{:,.0f}".format, "{:,.1f}".format, "{:,.2f}".format
-LEFT = ("stage", "kind", "figure", "model", "device")  # text; numbers stand to the right
+LEFT = ("stage", "kind", "figure", "model", "device", "part")  # text; numbers stand to the right
 KINDS: dict[str, Column] = {
     "stage": ("stage", lambda stage: f"{stage} {STAGES[stage]}" if stage else ""),
     "kind": ("kind", str),
@@ -104,6 +107,11 @@ def plan(
     ``counts_only``: nothing that has to be timed. ``mfu``: share of the peak that accelerators are
     taken to reach. Raises KelibError, when all is printed, if the disk is too small.
     """
+    if name in trajectory_profiles():
+        from kelib import plan_trajectory
+
+        plan_trajectory.plan(name, data=data, mfu=mfu)
+        return
     study = open_plan(name, data)
     calibration = None if counts_only else calibrated(study, anew)
     chosen = study.profile
@@ -114,7 +122,7 @@ def plan(
     left = runs[~runs["done"]]
     where = "a cluster" if chosen.executor == "slurm" else f"{chosen.workers} local processes"
     print(f"profile {name}, digest {chosen.digest}: {len(runs)} runs, {len(left)} open, on {where}")
-    _print("Runs by stage and kind", planner.kinds_table(runs), KINDS, counts_only)
+    print_table("Runs by stage and kind", planner.kinds_table(runs), KINDS, counts_only)
 
     fetched = planner.downloads(study)
     listed = [f"{source} {size / 1e6:.1f} MB" for source, size in fetched.items()]
@@ -132,9 +140,9 @@ def plan(
         )
     if isinstance(study, Study):
         table = planner.figures_table(runs, figures or figures_of(study.profile))
-        _print("Figures, with all the runs they rest on", table, FIGURES, counts_only)
+        print_table("Figures, with all the runs they rest on", table, FIGURES, counts_only)
         title = f"The same grid with the paper's models and tokens, MFU {mfu:g}, no pretraining"
-        _print(title, planner.paper_table(runs, mfu), PAPER)
+        print_table(title, planner.paper_table(runs, mfu), PAPER)
         print(f"\n{fsdp2_line()}")
     refuse_small_disk(name, needed, study.data)
 
@@ -142,9 +150,14 @@ def plan(
 def check(name: str, *, data: Path | None = None, anew: bool = False) -> None:
     """Print estimates beside the times of the finished runs of a profile; raise KelibError if they
     are off by too much in all."""
+    if name in trajectory_profiles():
+        raise KelibError(
+            f"the plan of {name} is of FLOPs and hours of devices, not of time here: there is "
+            "nothing to check it with; give a study or a published model"
+        )
     study = open_plan(name, data)
     table = check_table(study, calibrated(study, anew))
-    _print(f"Finished runs of {name}, estimate beside measurement", table, CHECK)
+    print_table(f"Finished runs of {name}, estimate beside measurement", table, CHECK)
     refuse_bad_estimate(table)
 
 
@@ -180,7 +193,7 @@ def _print_memory(study: Study) -> None:
     )
 
 
-def _print(
+def print_table(
     title: str, table: pd.DataFrame, columns: dict[str, Column], without_hours: bool = False
 ) -> None:
     """A table with its title; numbers as their column says, nothing where there is none."""

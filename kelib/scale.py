@@ -245,6 +245,26 @@ PAPER = {
     "OLMo-1B": Shape("olmo", 2048, 8192, 16, 16, 16, 128, 50304, tied=True),
     "OLMo-7B": Shape("olmo", 4096, 11008, 32, 32, 32, 128, 50304, tied=False),
 }
+# by their name in data/catalogue.yaml; Pythia's: Biderman et al. 2023 (arXiv:2304.01373), Table 1
+PUBLISHED = {
+    "olmo-1b": PAPER["OLMo-1B"],
+    "olmo-7b": PAPER["OLMo-7B"],
+    **{
+        f"pythia-{name}": Shape(
+            "gpt_neox", d, 4 * d, layers, heads, heads, d // heads, words, False
+        )
+        for name, d, layers, heads, words in (
+            ("70m", 512, 6, 8, 50304),
+            ("160m", 768, 12, 12, 50304),
+            ("410m", 1024, 24, 16, 50304),
+            ("1b", 2048, 16, 8, 50304),
+            ("1.4b", 2048, 24, 16, 50304),
+            ("2.8b", 2560, 32, 32, 50304),
+            ("6.9b", 4096, 32, 32, 50432),
+            ("12b", 5120, 36, 40, 50688),
+        )
+    },
+}
 PAPER_LEARNING = (204_800, 1024)  # sequences of continual learning, tokens of each
 PAPER_ENTROPY = (2048, 2048)  # sequences that entropy is measured on, tokens of each
 

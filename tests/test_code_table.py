@@ -201,19 +201,22 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
 
 MODELS = ("import_model", "own_model")
 ALONG = ("trajectory", "untrained")  # along published checkpoints
+CONTINUED = ("known", "continued")  # continual learning from them
+SCORED = ("evaluate", "intervene", "continual", "published")
+PACKED = ("learning_text", *CONTINUED)
 
 
 @pytest.mark.parametrize(
     ("place", "kinds"),
     [
-        ("corpus", {"corpus", "published", *MODELS, *ALONG}),
-        ("hub_text", {"hub_text", "packed_text"}),
+        ("corpus", {"corpus", "published", *MODELS, *ALONG, *PACKED}),
+        ("hub_text", {"hub_text", "packed_text", *PACKED}),
         ("hub", set()),
         ("hub_sources", set()),
-        ("wordings", {"asked", "corpus", *MODELS, *ALONG}),
-        ("training", {"pretrain", "continual", "branch"}),
+        ("wordings", {"asked", "corpus", *MODELS, *ALONG, *PACKED}),
+        ("training", {"pretrain", "continual", "branch", "continued"}),
         ("entropy", {"entropy", "intervene", "continual", "published", *ALONG}),
-        ("scoring", {"asked", "evaluate", "intervene", "continual", "published", *ALONG}),
+        ("scoring", {"asked", *SCORED, *ALONG, *CONTINUED}),
         ("interventions", {"intervene", "continual"}),
         ("decomposition", {"mechanism", "later", "reactivation"}),
         ("mechanism", {"mechanism", "later", "reactivation"}),
@@ -224,9 +227,14 @@ ALONG = ("trajectory", "untrained")  # along published checkpoints
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
         ("convergence", {"entropy", "published", *ALONG}),
-        ("metrics:knowledge_score", {"evaluate", "intervene", "continual", "published", *ALONG}),
+        ("metrics:knowledge_score", {*SCORED, *ALONG, *CONTINUED}),
         ("metrics:bootstrap_interval", set()),  # no stored number rests on these
         ("runs", set()),
+        ("learning", {"continued"}),
+        ("known", set(CONTINUED)),
+        ("learning_text", set(PACKED)),
+        ("continued", set()),
+        ("continued_intervals", set()),
         ("plots", set()),
     ],
 )
@@ -239,7 +247,7 @@ def test_code_changes_the_digest_of_what_rests_on_it(copied_code, place, kinds):
 def test_a_number_in_the_code_changes_the_digest(copied_code):
     before = copied_code()
     after = copied_code("training", "0.5 * (1 + math.cos", "0.4 * (1 + math.cos")
-    rest = {"pretrain", "continual", "branch"}
+    rest = {"pretrain", "continual", "branch", "continued"}
     assert {kind for kind in CODE if before[kind] != after[kind]} == rest
 
 

@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kelib import continued, fetching, plots_continued
+from kelib import continued, fetching, plots_continued, trajectory
+from kelib.audit import audit
 from kelib.continued_intervals import item_intervals
 from kelib.continued_profile import NOT_OF_A_RUN, Learning
 from kelib.entries import LEVELS
 from kelib.errors import KelibError
-from kelib.fetching import held, release
+from kelib.fetching import GIB, held, release
 from kelib.items import accuracy_interval, gain_interval
 from kelib.plots_learning import MATCH
 from kelib.runs import perform, with_inputs
-from kelib.trajectory import Trajectory
+from kelib.tables import read_provenance
+from kelib.trajectory import TABLES, Trajectory, measure_trajectory
 from kelib.trajectory_profile import load_trajectory, trajectory_from
 
 STEPS, LENGTH, UPDATES, EVERY = [100, 400], 32, 8, 3
@@ -284,11 +284,8 @@ def test_a_killed_run_goes_on_and_finds_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["fsdp2"])
-def test_two_processes_find_what_one_finds_and_tell_a_refusal(
-    place: Path, done: Trajectory, tmp_path: Path, parallel: str
-) -> None:
-    study = study_of(place, tmp_path, processes=2, parallel=parallel)
+def test_two_processes_find_what_one_finds(place: Path, done: Trajectory, tmp_path: Path) -> None:
+    study = study_of(place, tmp_path, processes=2, parallel="fsdp2")
     continued.write_launch(study)
     run = continued.continued_runs(study, study.learning_revisions[0])[0]
     do([run])
@@ -300,11 +297,6 @@ def test_two_processes_find_what_one_finds_and_tell_a_refusal(
     np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-4)
     assert two["k"] == pytest.approx(one["k"], abs=1e-3)
     assert (run.read_table("exposures.csv")["shown"] == 1).all()
-    other = continued.continued_runs(study_of(place, tmp_path, seeds=[9]), study.revisions[0])[0]
-    shutil.copytree(run.inputs["text"].folder, tmp_path / "text")
-    (run.inputs["text"].folder / "domain.npy").write_bytes(b"cut")
-    with pytest.raises(KelibError, match=r"domain.npy"):
-        perform(other)
 
 
 def test_bad_checkpoints_and_texts_are_refused(
@@ -356,7 +348,6 @@ def test_what_the_named_files_hold_is_in_the_name_of_a_run(place: Path, tmp_path
     assert digest() != before
 
 
-@pytest.mark.slow
 def test_public_tasks_from_a_folder(place: Path, tmp_path: Path) -> None:
     item = {"support": "", "question": "Who keeps cats?", "correct_answer": "a person"}
     rows = [{**item, **{f"distractor{n}": f"town {n}" for n in (1, 2, 3)}} for _ in range(5)]
@@ -465,47 +456,47 @@ def test_a_checkpoint_that_several_runs_share_stays_until_the_last(
     assert not (tmp_path / commit).exists()
 
 
-DO = """
-import json, sys
-from pathlib import Path
-from kelib.audit import audit
-from kelib.trajectory import Trajectory, measure_trajectory
-from kelib.trajectory_profile import trajectory_from
-if __name__ == "__main__":
-    home, values = Path(sys.argv[1]), json.loads(sys.argv[2])
-    lock, audits = home / "lock.yaml", home / "audit"
-    audit(values["model"]["source"], lock, audits)
-    tables = measure_trajectory(Trajectory(trajectory_from(values), home / "data", lock, audits))
-    print(sorted(tables), len(tables["continual"]))
-"""
-
-
-@pytest.mark.slow
-def test_a_stage_of_the_hub_is_fetched_once_for_all_its_runs(place: Path, tmp_path: Path) -> None:
+def test_a_stage_of_the_hub_is_fetched_once_for_all_its_runs(
+    place: Path, done: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hub_server import Hub
+    from huggingface_hub import constants
 
-    (tmp_path / "do.py").write_text(DO)
+    lock, audits = tmp_path / "lock.yaml", tmp_path / "audit"
     with Hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(trajectory, "execute", lambda runs, *_: do(runs))  # in this process
         for step in (0, *STEPS):
             folder = place / "checkpoints" / f"step{step or 100}"
             files = {path.name: path.read_bytes() for path in folder.iterdir()}
             hub.put("me/tiny", f"step{step}", files)
         size = sum(map(len, files.values()))
-        study = study_of(place, tmp_path, control=False)
-        values = json.loads(json.dumps(study.profile.parameters))
-        steps = {"source": "me/tiny", "steps": [0, *STEPS], "accept": ["step0", "step100"]}
-        values |= {"model": values["model"] | steps, "cache_gib": 1.5 * size / 2**30}
-        line = [sys.executable, str(tmp_path / "do.py"), str(tmp_path), json.dumps(values)]
-        environment = hub.environment(tmp_path / "hub") | {"KELIB_PROGRESS": "lines"}
-        made = subprocess.run(
-            line, env=environment, capture_output=True, text=True, check=False, timeout=280
-        )
-        assert made.returncode == 0, made.stderr
+        audit("me/tiny", lock, audits)
+        hub.asked.clear()
+        model = {"source": "me/tiny", "steps": [0, *STEPS], "accept": ["step0", "step100"]}
+        local = study_of(place, tmp_path, control=False).profile.parameters
+        values = local | {"model": model, "cache_gib": 1.5 * size / GIB}
+        study = Trajectory(trajectory_from(values), tmp_path / "data", lock, audits)
+        tables = measure_trajectory(study)
         whole = [path for method, path, span in hub.asked if method == "GET" and span is None]
-    assert "['continual', 'entropy', 'known', 'revisions', 'texts', 'totals'] 2" in made.stdout
+    assert set(tables) == {*TABLES, *continued.TABLES}
+    assert len(tables["continual"]) == len(tables["known"]) == 2 and len(tables["revisions"]) == 3
     assert len([path for path in whole if path.endswith("model.safetensors")]) == 3
-    cache = tmp_path / "data" / "checkpoints" / "tiny" / "fetched"
-    assert all(path.suffix == ".lock" for path in cache.iterdir())
+    assert all(path.suffix == ".lock" for path in study.cache.iterdir())
+    note = read_provenance(study.measurements / "continual.csv")
+    assert note["runs"] == 4 and note["seeds"] == [0]
+    # the numbers are those of the same weights in a folder
+    for one, there in zip(study.learning_revisions, done.learning_revisions, strict=True):
+        hub_run, local_run = (
+            continued.continued_runs(*p)[0] for p in ((study, one), (done, there))
+        )
+        assert hub_run.digest != local_run.digest
+        assert hub_run.read()["losses"] == local_run.read()["losses"]
 
 
 # --- figure -----------------------------------------------------------------------------------
