@@ -182,7 +182,7 @@ def hours_table(study: Trajectory, runs: pd.DataFrame, shape: Shape, mfu: float)
                 memory = training_memory(
                     shape, micro * learning.sequence_length, devices, **options
                 )
-            count = int(runs.set_index("kind").loc["continued", "runs"])
+            count = int(runs.set_index("kind")["runs"]["continued"])
             one = flops["continued"] / count
             parts.append(("one run of learning", devices, memory.total, one))
             parts.append((f"all {count} of them", devices, memory.total, flops["continued"]))
@@ -235,14 +235,16 @@ def plan(name: str, *, data: Path | None = None, mfu: float = 0.4) -> None:
         print("FLOPs, memory and hours are not known without the shape of the model.")
     else:
         print_table(f"Devices, MFU {mfu:g}", hours_table(study, runs, shape, mfu), HOURS)
-    columns = {"figure": ("figure", str), "runs": KINDS["runs"], "open": ("open", COUNT)}
+    columns: dict[str, Column] = {
+        "figure": ("figure", str),
+        "runs": KINDS["runs"],
+        "open": ("open", COUNT),
+    }
+    columns["flops"] = KINDS["flops"]
     figures = figures_table(runs)
-    print_table("Figures, with all the runs they rest on", figures, columns | _PFLOP)
+    print_table("Figures, with all the runs they rest on", figures, columns)
     if not np.isnan(needed.disk):
         refuse_small_disk(name, int(needed.disk), study.data)
-
-
-_PFLOP: dict[str, Column] = {"flops": KINDS["flops"]}
 
 
 def _done(study: Trajectory) -> dict[str, int]:

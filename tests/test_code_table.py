@@ -21,9 +21,9 @@ from kelib.trajectory import Trajectory
 from kelib.trajectory_profile import load_trajectory
 
 KELIB = Path(__file__).parents[1] / "kelib"
-# Settings are in the digest as values; errors, and how the hub is asked for a commit and its files
-# are fetched, change no number; of the other two, which also hold what no run rests on, the table
-# names single functions.
+# Settings are in the digest as values; errors, how the hub is asked for a commit and its files are
+# fetched, under which names files are written and how they are sealed, change no number; of two,
+# which also hold what no run rests on, the table names single functions.
 LEFT_OUT = {
     "arms",
     "config",
@@ -232,9 +232,6 @@ PACKED = ("learning_text", *CONTINUED)
         ("runs", set()),
         ("learning", {"continued"}),
         ("known", set(CONTINUED)),
-        ("learning_text", set(PACKED)),
-        ("continued", set()),
-        ("continued_intervals", set()),
         ("plots", set()),
     ],
 )
