@@ -23,6 +23,7 @@ from kelib.fictional import HUB_ID
 from kelib.hub_sources import text_runs
 from kelib.items import gain_interval
 from kelib.metrics import forgetting_over_chance
+from kelib.own_model import with_places
 from kelib.revisions import Revision
 from kelib.run import Run
 from kelib.study_tables import learning_table
@@ -45,12 +46,15 @@ def learning_of(study: Trajectory) -> Learning:
 def text_run(study: Trajectory) -> Run:
     """The text, packed with the tokenizer of the first stage."""
     learning, first = learning_of(study), study.learning_revisions[0]
+    places, states = with_places([learning.text])
     settings: dict[str, Any] = {
-        "text": learning.text,
+        "text": places[learning.text],
         "sequence_length": learning.sequence_length,
         "sequences": learning.packed,
         "heldout_sequences": learning.heldout_sequences,
     }
+    if states:  # a file of the reader's may change
+        settings["state"] = states[learning.text]
     place, inputs, files = study.place_of(first)
     inputs |= text_runs([learning.text], study.data)
     files = {"sources": study.data / "sources", **files}

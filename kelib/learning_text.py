@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kelib import sources
-from kelib.errors import KelibError, listing
+from kelib.errors import KelibError
 from kelib.model_import import generated_documents
 from kelib.packed_text import TOKENS, open_blocks, pack_hub_text
 from kelib.packing import pack_text
@@ -80,11 +80,6 @@ def _documents(name: str, folder: Path) -> list[str]:
     if name in known:
         sources.fetch(known[name], folder)
         return sources.documents(name, folder)
-    if not Path(name).exists():
-        raise KelibError(
-            f"learning.text = {name!r} is no source: use {listing(known)}, hub:NAME, "
-            "generated:NAME, or a file or folder that exists"
-        )
     return sources.local_documents(Path(name))
 
 

@@ -321,7 +321,7 @@ def test_bad_checkpoints_and_texts_are_refused(
     for changes, message in (
         ({"sequences": 5000}, r"the text gives \d+ sequences of 32 tokens, 5008 are wanted \(5000"),
         ({"sequence_length": 64}, "learning.sequence_length = 64 is beyond the window .* most 32"),
-        ({"text": "nowhere.txt"}, "learning.text = 'nowhere.txt' is no source: use .*news"),
+        ({"text": "nowhere.txt"}, "data: there is no file or folder .*/nowhere.txt; relative"),
     ):
         with pytest.raises(KelibError, match=message):
             perform(continued.text_run(study_of(place, tmp_path / "data", **changes)))
