@@ -27,7 +27,7 @@ from kelib.own_model import with_places
 from kelib.revisions import Revision
 from kelib.run import Run
 from kelib.study_tables import learning_table
-from kelib.tables import write_atomically
+from kelib.tables import provenance, read_table, write_atomically, write_table
 
 if TYPE_CHECKING:
     from kelib.trajectory import Trajectory
@@ -140,6 +140,23 @@ def _run(study: Trajectory, revision: Revision, kind: str, more: Mapping[str, An
 
 
 # --- tables -------------------------------------------------------------------------------------
+
+
+def write_tables(study: Trajectory, totals: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Write the tables of :data:`TABLES` from the finished runs, and return them."""
+    known = known_table(study, totals)
+    parts = {"known": known, "continual": continual_table(study, known)}
+    runs = [run for one in study.learning_revisions for run in learning_runs(study, one)]
+    inputs = {f"{run.kind} {run.digest}": run.digest for run in runs}
+    note = provenance(study.profile.parameters, [SEED], inputs)
+    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
+    note["runs"] = len(runs)
+    tables = {}
+    for name, part in parts.items():
+        path = study.measurements / f"{name}.csv"
+        write_table(part, path, note)
+        tables[name] = read_table(path)
+    return tables
 
 
 def known_table(study: Trajectory, totals: pd.DataFrame) -> pd.DataFrame:

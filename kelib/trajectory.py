@@ -218,7 +218,7 @@ def measure_trajectory(study: Trajectory) -> dict[str, pd.DataFrame]:
         _fetch_and_do(study, groups)
     tables = _write(study, study.runs(), remarks)
     if profile.learning is not None:
-        tables |= _write_learning(study, tables["totals"])
+        tables |= continued.write_tables(study, tables["totals"])
     return tables
 
 
@@ -252,22 +252,6 @@ def _ahead(study: Trajectory, missing: list[list[Run]], workers: int) -> Any:
 
 def _all_done(runs: list[Run]) -> bool:
     return all(run.done for run in runs)
-
-
-def _write_learning(study: Trajectory, totals: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    known = continued.known_table(study, totals)
-    parts = {"known": known, "continual": continued.continual_table(study, known)}
-    runs = [r for one in study.learning_revisions for r in continued.learning_runs(study, one)]
-    inputs = {f"{run.kind} {run.digest}": run.digest for run in runs}
-    note = provenance(study.profile.parameters, [continued.SEED], inputs)
-    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
-    note["runs"] = len(runs)
-    tables = {}
-    for name, part in parts.items():
-        path = study.measurements / f"{name}.csv"
-        write_table(part, path, note)
-        tables[name] = read_table(path)
-    return tables
 
 
 def _write(
