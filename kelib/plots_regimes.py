@@ -14,6 +14,8 @@ from kelib.config import Pretraining
 from kelib.plots_branches import at_matched_loss, slopes
 from kelib.recipes import SAVED, TRUNK
 
+MARGIN = 0.15  # a fraction; below it the claims on accuracy are not testable either (claims.yaml)
+
 
 def regime_names(known: pd.DataFrame, plan: Pretraining) -> dict[str, str]:
     """Regimes in the order of the table ``regimes``, with names for a legend: the trunk is called
@@ -24,8 +26,14 @@ def regime_names(known: pd.DataFrame, plan: Pretraining) -> dict[str, str]:
 
 def with_gains(learned: pd.DataFrame) -> pd.DataFrame:
     """Injected runs of the table ``regime_learning`` with ``k_gain`` = K_CL - K_PT and
-    ``k_injected`` = K_CL minus that of the same run without passages (nats per target token)."""
+    ``k_injected`` = K_CL minus that of the same run without passages (nats per target token).
+
+    Forgetting over chance is left out (NaN) where P_PT lies less than :data:`MARGIN` above chance:
+    it would be a ratio of next to nothing.
+    """
     runs = learned[learned["injected"].astype(bool)]
+    known = runs["p_pt"] - runs["chance"] >= MARGIN
+    runs = runs.assign(forgetting_over_chance=runs["forgetting_over_chance"].where(known))
     return runs.assign(
         k_gain=runs["k_cl"] - runs["k_pt"], k_injected=runs["k_cl"] - runs["k_cl_none"]
     )

@@ -189,6 +189,7 @@ def planted():
                 row = {"regime": regime, "arm": SAVED, "seed": seed, "stage_step": stage}
                 row |= {"stage_label": f"{stage}%", "learning_rate": 1e-3, "cl_seed": 0}
                 row |= {"entropy_pt": entropy, "loss_general_pt": loss + lift / 10}
+                row |= {"chance": 0.25, "p_pt": 0.35 + 0.1 * number, "forgetting_over_chance": 0.5}
                 row |= {"k_pt": -5.0, "k_cl": gain - 5, "k_cl_none": -5.5, "injected": True}
                 rows.append(row)
     cooled = [{**row, "arm": "cooled"} for row in rows if row["regime"] == CONSTANT]
@@ -200,6 +201,8 @@ def test_gains_are_those_of_injected_runs():
     runs = with_gains(planted())
     assert len(runs) == 24 and runs["injected"].all()
     assert (runs["k_injected"] - runs["k_gain"]).to_numpy() == pytest.approx(0.5)
+    first = runs["stage_step"] == 10  # where next to nothing is known there is nothing to forget
+    assert (runs["forgetting_over_chance"].isna() == first).all()
 
 
 def test_slopes_over_stages_and_over_regimes():
