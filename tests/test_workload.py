@@ -172,8 +172,8 @@ def test_text_that_is_here_need_not_be_fetched(tmp_path):
 def test_without_an_entropy_table_every_stage_is_planned(study):
     entropy = flat_entropy(study)
     assert list(study.stages(entropy, 100)) == ["50%", "100%"]
-    assert set(stage_runs(study, None)) == {1, 2, 4, 7}
-    assert set(stage_runs(study, entropy)) == {1, 2, 3, 4, 6, 7}
+    assert set(stage_runs(study, None)) == {1, 2, 4, 7, 9}
+    assert set(stage_runs(study, entropy)) == {1, 2, 3, 4, 6, 7, 9}
 
 
 def test_each_run_is_planned_once_after_what_it_rests_on(study):

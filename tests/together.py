@@ -6,6 +6,7 @@ eight processes pays for one import.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -43,6 +44,7 @@ def _one(place: dict[str, Any], function: Callable[..., Any], arguments: tuple[A
 
     os.environ |= {name: str(value) for name, value in place.items()}
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(PATIENCE - 10)  # where it hangs, before it is killed
     function(*arguments)
 
 
