@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,6 +15,10 @@ from kelib.errors import KelibError
 from kelib.processes import Processes
 
 Result = TypeVar("Result")
+# Seconds in which gloo's threads let go of the tensors of the last exchange. They need the
+# interpreter for it, and DDP's reducer, when it is deleted, waits for them without giving it up:
+# both then wait for ever (torch 2.13).
+SETTLE = 0.3
 
 
 @contextmanager
@@ -44,6 +49,7 @@ def launched() -> Iterator[Processes]:
         raise SystemExit(1) from None
     finally:
         if processes.together and not before:
+            time.sleep(SETTLE)
             state.destroy_process_group()
 
 
