@@ -9,7 +9,6 @@ the entropies of the same revision, which lies on the disk while any of them wan
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ import pandas as pd
 from kelib.continued_intervals import item_intervals
 from kelib.continued_profile import GENERATED, NOT_OF_A_RUN, Learning, protocol_values
 from kelib.errors import KelibError
-from kelib.fictional import HUB_ID
-from kelib.hub_sources import text_runs
+from kelib.fictional import HUB_ID, HUB_PLACE
+from kelib.hub_sources import pinned, text_runs
 from kelib.items import gain_interval
 from kelib.metrics import forgetting_over_chance
 from kelib.own_model import with_places
@@ -28,6 +27,7 @@ from kelib.revisions import Revision
 from kelib.run import Run
 from kelib.study_tables import learning_table
 from kelib.tables import provenance, read_table, write_atomically, write_table
+from kelib.task_files import PUBLIC_TASKS
 
 if TYPE_CHECKING:
     from kelib.trajectory import Trajectory
@@ -100,7 +100,7 @@ def learning_runs(study: Trajectory, revision: Revision) -> list[Run]:
 def refuse_missing(learning: Learning) -> None:
     """Raise KelibError if entries are named that can be nowhere, before anything is computed."""
     named = learning.entries
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", named) is not None
+    on_hub = HUB_PLACE.fullmatch(named) is not None
     if named != GENERATED and learning.entries_path is None and not on_hub:
         raise KelibError(
             f"learning.entries: there is no file or folder {named}; bring the data there, or give "
@@ -118,12 +118,14 @@ def write_launch(study: Trajectory) -> None:
 def _run(study: Trajectory, revision: Revision, kind: str, more: Mapping[str, Any]) -> Run:
     learning = learning_of(study)
     place, inputs, files = study.place_of(revision)
+    entries, task_commits = _pins(learning)
     settings = {
         "seed": study.profile.seed,
         "step": revision.step,
-        "entries": learning.entries,
+        "entries": entries,
         "paraphrase_entries": learning.paraphrase_entries,
         "tasks": list(learning.tasks),
+        "task_commits": task_commits,
         "task_limit": learning.task_limit,
         "score_batch": learning.score_batch,
         **learning.content(),
@@ -137,6 +139,28 @@ def _run(study: Trajectory, revision: Revision, kind: str, more: Mapping[str, An
     if kind == "continued":
         files["launch"] = study.measurements / "launch.json"
     return Run(kind, study.measurements / kind, settings, inputs, files)
+
+
+def hub_data_sets(learning: Learning) -> dict[str, str]:
+    """Data sets of the hub that entries and public tasks come from, by their name in the lock file:
+    ``entries ID`` and ``task NAME``. None for what lies in a folder or names its commit.
+    """
+    found = {}
+    on_hub = None if learning.entries_path else HUB_PLACE.fullmatch(learning.entries)
+    if on_hub is not None and on_hub["commit"] is None:
+        found[f"entries {learning.entries}"] = learning.entries
+    if learning.task_folder is None:
+        public = [name for name in learning.tasks if name in PUBLIC_TASKS]
+        found |= {f"task {name}": PUBLIC_TASKS[name].repo for name in public}
+    return found
+
+
+def _pins(learning: Learning) -> tuple[str, dict[str, str]]:
+    """Where entries come from, with its commit on the hub, and commits of public tasks by name."""
+    commits = {name: pinned(name, repo) for name, repo in hub_data_sets(learning).items()}
+    entries = commits.pop(f"entries {learning.entries}", None)
+    place = learning.entries if entries is None else f"{learning.entries}@{entries}"
+    return place, {name.removeprefix("task "): commit for name, commit in commits.items()}
 
 
 # --- tables -------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ FIELDS = (
 _SET_FILE = re.compile(r"_(once|paraphrase)\d*\.json")
 _ONE_FILE = "fictional_knowledge_paraphrased.json"  # of Chang et al.
 _FORMATS = (".json", ".jsonl", ".parquet")
+# a data set on the hub, perhaps at a commit
+HUB_PLACE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<commit>[0-9a-f]{40}))?")
 
 
 def load_fictional_knowledge(
@@ -42,7 +44,8 @@ def load_fictional_knowledge(
       ``*_paraphrase70.json``, or with their folder ``fictional_knowledge``: the sets as published;
     * a folder that holds ``fictional_knowledge_paraphrased.json``, the file of Chang et al., or
       whose folder ``fictional_knowledge`` does;
-    * any other folder, or the id of a data set on the hub, read by ``datasets``, split ``train``.
+    * any other folder, or the id of a data set on the hub, read by ``datasets``, split ``train``;
+      ``id@commit`` reads that commit.
 
     An entry has the fields ``train_context`` (the original passage), ``mem_``, ``gen_`` and
     ``hard_gen_`` ``input`` and ``target`` (five texts each), and ``paraphrases``: nine of them for
@@ -130,12 +133,13 @@ def _read(source: str | Path) -> Any:
         return _read_file(path)
     if path.is_dir():
         return _read_with_datasets(str(path.resolve()))
-    if path.suffix in _FORMATS or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    on_hub = HUB_PLACE.fullmatch(str(source))
+    if path.suffix in _FORMATS or on_hub is None:
         raise KelibError(
             f"there is no file or folder {source}; give one, or the id of a data set on the hub "
             f"such as {HUB_ID}"
         )
-    return _read_with_datasets(str(source))
+    return _read_with_datasets(on_hub["repo"], revision=on_hub["commit"])
 
 
 def _read_file(path: Path) -> Any:
@@ -154,7 +158,7 @@ def _read_file(path: Path) -> Any:
         raise KelibError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
 
 
-def _read_with_datasets(name: str, **options: str) -> Any:
+def _read_with_datasets(name: str, **options: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:

@@ -100,30 +100,39 @@ def commit_of(source: HubSource, home: Path, lock: Path | None = None) -> str:
     ``home``: where its texts are kept, for the remedy. Raises KelibError where the hub refuses or
     cannot be reached, and for a lock that means another repository.
     """
-    lock = LOCK if lock is None else lock
     if source.revision is not None:
         return source.revision
+    return pinned(source.name, source.repo, how_to_bring(home), lock)
+
+
+def pinned(name: str, repo: str, bring: str | None = None, lock: Path | None = None) -> str:
+    """The commit of the data set ``repo`` that the lock file has under ``name``, or else the one
+    its branch main is at now, which goes into the lock file.
+
+    ``bring``: the remedy without a network. Raises KelibError as :func:`commit_of`.
+    """
+    lock = LOCK if lock is None else lock
     content = read_lock(lock)
-    entry = content.get(source.name)
-    if entry is not None and entry["repo"] != source.repo:
+    entry = content.get(name)
+    if entry is not None and entry["repo"] != repo:
         raise KelibError(
-            f"{lock} pins {source.name} in {entry['repo']}, data/hub_sources.yaml says "
-            f"{source.repo}; delete that entry, and measure again what was measured with it"
+            f"{lock} pins {name} in {entry['repo']}, but it is {repo} now; delete that entry, and "
+            "measure again what was measured with it"
         )
     if entry is not None and BRANCH in entry["revisions"]:
         return str(entry["revisions"][BRANCH])
     known = [row.repo for row in hub_sources().values()]
     try:
-        listed = hub.list_refs(source.repo, known, kind="dataset", bring=how_to_bring(home))
+        listed = hub.list_refs(repo, known, kind="dataset", bring=bring)
     except hub.Unreachable as error:
-        raise KelibError(f"the commit of {source.name} is not in {lock}, and {error}") from error
+        raise KelibError(f"the commit of {name} is not in {lock}, and {error}") from error
     if BRANCH not in listed:
         raise KelibError(
-            f"{source.repo} has no branch {BRANCH}, it has {listing(listed)}; give the commit as "
+            f"{repo} has no branch {BRANCH}, it has {listing(listed)}; give the commit as "
             "revision in data/hub_sources.yaml"
         )
-    content[source.name] = {
-        "repo": source.repo,
+    content[name] = {
+        "repo": repo,
         "listed": datetime.date.today().isoformat(),
         "revisions": {BRANCH: listed[BRANCH]},
     }

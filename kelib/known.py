@@ -100,6 +100,7 @@ def _questions(
     if public:
         size, limit = settings["score_batch"], settings["task_limit"]
         options: dict[str, Any] = {"data": inputs.get("tasks"), "limit": limit, "batch_size": size}
+        options["commits"] = settings["task_commits"]
         parts.append(evaluate_tasks(model, tokenizer, public, **options).items)
     return pd.concat([part[QUESTIONS] for part in parts], ignore_index=True)
 

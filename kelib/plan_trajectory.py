@@ -20,6 +20,7 @@ import pandas as pd
 
 from kelib.catalogue import LOCK, catalogued, read_lock
 from kelib.config import repository_root
+from kelib.continued import hub_data_sets
 from kelib.fetching import GIB
 from kelib.grid import free_bytes, refuse_small_disk
 from kelib.hub_sources import LOCK as TEXT_LOCK
@@ -255,8 +256,10 @@ def _done(study: Trajectory) -> dict[str, int]:
         return {}
     texts = [*profile.data, *([profile.learning.text] if profile.learning else [])]
     named = [hub_source(text)[0] for text in texts if text.startswith(PREFIX)]
-    pinned = read_lock(TEXT_LOCK)
-    if any(source.revision is None and source.name not in pinned for source in named):
+    unpinned = {source.name for source in named if source.revision is None}
+    if profile.learning is not None:
+        unpinned |= set(hub_data_sets(profile.learning))
+    if unpinned - set(read_lock(TEXT_LOCK)):
         return {}
     found: dict[str, int] = {}
     every = [run for group in study.runs_by_revision().values() for run in group]

@@ -65,12 +65,14 @@ class PublicTask:
     ``metric``: the paper's, by lm-eval's name: ``acc`` picks the choice with the highest summed
     log-likelihood, ``acc_norm`` the highest one divided by the choice's number of characters.
     ``split``: the one lm-eval scores, which is the test split where its answers are public.
-    ``folder``: the task's folder within lm-eval. ``fields``: those its definition reads.
+    ``folder``: the task's folder within lm-eval. ``repo``: its data set on the hub, as lm-eval has
+    it. ``fields``: those its definition reads.
     """
 
     metric: str
     split: str
     folder: str
+    repo: str
     fields: dict[str, Check]
 
 
@@ -79,6 +81,7 @@ PUBLIC_TASKS: dict[str, PublicTask] = {
         "acc",
         "test",
         "sciq",
+        "allenai/sciq",
         {
             "support": TEXT_OR_EMPTY,
             "question": TEXT,
@@ -90,24 +93,28 @@ PUBLIC_TASKS: dict[str, PublicTask] = {
         "acc",
         "validation",
         "winogrande",
+        "allenai/winogrande",
         {"sentence": GAP, "option1": TEXT, "option2": TEXT, "answer": _one_of("1", "2")},
     ),
     "piqa": PublicTask(
         "acc_norm",
         "validation",
         "piqa",
+        "baber/piqa",
         {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": _one_of(0, 1)},
     ),
     "openbookqa": PublicTask(
         "acc_norm",
         "test",
         "openbookqa",
+        "allenai/openbookqa",
         {"question_stem": TEXT, "choices": LETTERED, "answerKey": ANSWER_KEY},
     ),
     "hellaswag": PublicTask(
         "acc_norm",
         "validation",
         "hellaswag",
+        "Rowan/hellaswag",
         {
             "activity_label": TEXT,
             "ctx_a": TEXT,
@@ -120,6 +127,7 @@ PUBLIC_TASKS: dict[str, PublicTask] = {
         "acc",
         "test",
         "arc",
+        "allenai/ai2_arc",
         {"question": TEXT, "choices": LETTERED, "answerKey": ANSWER_KEY},
     ),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ def evaluate_tasks(
     data: Path | str | None = None,
     limit: int | None = None,
     batch_size: int = 128,
+    commits: Mapping[str, str] | None = None,
 ) -> TaskResults:
     """Zero-shot accuracy on multiple-choice tasks, with the paper's metric for each.
 
@@ -57,7 +58,8 @@ def evaluate_tasks(
     ``<task>`` of every task and in it a file ``<split>.jsonl`` or ``.json`` in the format of its
     data set; nothing else is read then. Without it the public tasks come from the model hub, PIQA
     as the parquet conversion that lm-eval names (``baber/piqa``: ``datasets`` refuses the script
-    of the original). ``limit``: at most so many first items of each task.
+    of the original). ``limit``: at most so many first items of each task. ``commits``: of the data
+    sets of public tasks on the hub, by task; where none is given, what the hub has now is read.
 
     Splits are lm-eval's: test for SciQ, OpenBookQA, ARC-Easy, validation for the others. WinoGrande
     compares the end of the sentence after each option (lm-eval's partial evaluation). Text is
@@ -74,7 +76,7 @@ def evaluate_tasks(
     from lm_eval.evaluator import evaluate
 
     with _quiet():
-        found = {name: _load(name, folder) for name in names}
+        found = {name: _load(name, folder, (commits or {}).get(name)) for name in names}
         language_model = _language_model(model, tokenizer, batch_size)
         results = evaluate(
             language_model, {"tasks": found}, limit=limit, bootstrap_iters=0, log_samples=True
@@ -133,7 +135,7 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(name: str, folder: Path | None) -> Any:
+def _load(name: str, folder: Path | None, commit: str | None = None) -> Any:
     """The task as lm-eval defines it, with its items from ``folder`` or from the hub.
 
     Local items are handed over in memory: nothing is copied to a cache, no type is guessed anew.
@@ -160,6 +162,8 @@ def _load(name: str, folder: Path | None) -> Any:
             return {split: Dataset.from_list(rows)}
 
         changes |= {"custom_dataset": given, **dict.fromkeys(others)}
+    elif commit is not None:
+        changes["dataset_kwargs"] = {"revision": commit}
     manager = tasks.TaskManager(include_path=str(place), include_defaults=False)
     try:
         loaded = manager.load([{"group": "kelib", "task": [changes]}])

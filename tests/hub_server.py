@@ -14,10 +14,11 @@ import os
 import re
 import threading
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
+import pytest
 from safetensors.numpy import save
 
 LARGE = (".safetensors", ".bin")
@@ -85,6 +86,21 @@ class Hub:
         """What a user sets to work with this hub, in a process that knows no other."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         return kept | {"HF_ENDPOINT": self.address, "HF_HOME": str(home)}
+
+    def asked_by_this_process(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Point the clients of this process here: they read the environment when imported."""
+        import datasets
+        from huggingface_hub import HfFileSystem, constants
+
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "ENDPOINT", self.address)
+        patch.setattr(datasets.config, "HF_ENDPOINT", self.address)
+        template = self.address + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.delenv("HF_TOKEN", raising=False)
+        HfFileSystem.clear_instance_cache()
 
     @property
     def address(self) -> str:

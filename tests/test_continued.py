@@ -460,16 +460,10 @@ def test_a_stage_of_the_hub_is_fetched_once_for_all_its_runs(
     place: Path, done: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hub_server import Hub
-    from huggingface_hub import constants
 
     lock, audits = tmp_path / "lock.yaml", tmp_path / "audit"
     with Hub() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        hub.asked_by_this_process(monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(trajectory, "execute", lambda runs, *_: do(runs))  # in this process
         for step in (0, *STEPS):
             folder = place / "checkpoints" / f"step{step or 100}"
@@ -520,3 +514,41 @@ def test_panels_show_rates_before_and_intervals(
     assert [label.get_text() for label in ax.get_xticklabels()] == ["100", "400"]
     told = plots_continued.stage_names(known.assign(tokens_seen=1e9, stage_label="1B tokens"))
     assert told[400] == "400\n1B tokens"
+
+
+def test_entries_and_tasks_of_the_hub_are_pinned_to_a_commit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from hub_server import Hub
+    from huggingface_hub import constants
+
+    from kelib import hub_sources
+    from kelib.fictional import load_fictional_knowledge
+
+    monkeypatch.setattr(hub_sources, "LOCK", tmp_path / "lock.yaml")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    study = study_of(place, tmp_path, entries="me/entries", tasks=["sciq", "generated:facts"])
+    content = (place / "entries.json").read_bytes()
+    fewer = json.dumps(json.loads(content)[:1]).encode()
+
+    def settings() -> Any:
+        return continued.known_run(study, study.learning_revisions[0]).settings
+
+    with Hub() as hub:
+        hub.asked_by_this_process(monkeypatch, tmp_path / "cache")
+        first = hub.put("me/entries", "main", {"entries.json": content})
+        sciq = hub.put("allenai/sciq", "main", {"README.md": b"first"})
+        pinned = settings()
+        hub.put("me/entries", "main", {"entries.json": fewer})
+        hub.put("allenai/sciq", "main", {"README.md": b"second"})
+        assert settings() == pinned
+        assert pinned["entries"] == f"me/entries@{first}"
+        assert pinned["task_commits"] == {"sciq": sciq}
+        wanted = load_fictional_knowledge(place / "entries.json", 1)
+        assert load_fictional_knowledge(pinned["entries"], 1) == wanted
+        assert len(load_fictional_knowledge("me/entries", 1)[0]) == 0  # what is there now
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        (tmp_path / "lock.yaml").unlink()
+        with pytest.raises(KelibError, match=r"commit of entries me/entries is not in .*lock.yaml"):
+            settings()

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import yaml
 from hub_server import Hub
-from huggingface_hub import HfFileSystem, constants
+from huggingface_hub import constants
 
 from kelib import command, hub_sources, runs
 from kelib.config import load_profile
@@ -77,15 +76,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub with the data set me/corpus, which the clients of this process ask, and its row."""
     with Hub() as server:
         server.put(REPO, "main", layout([*TEXTS, *TEXTS[:3], None, " \n"]))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        HfFileSystem.clear_instance_cache()
+        server.asked_by_this_process(monkeypatch, tmp_path / "cache")
         write_rows(monkeypatch, tmp_path, ROW)
         yield server
 
@@ -247,7 +238,7 @@ def test_a_lock_of_another_repository_is_refused(hub: Hub, tmp_path: Path) -> No
     source = hub_source("hub:corpus")[0]
     commit = commit_of(source, tmp_path)
     assert commit_of(source, tmp_path) == commit
-    with pytest.raises(KelibError, match=f"pins corpus in {REPO}, .* says me/moved; delete"):
+    with pytest.raises(KelibError, match=f"pins corpus in {REPO}, .* it is me/moved now; delete"):
         commit_of(dataclasses.replace(source, repo="me/moved"), tmp_path)
 
 

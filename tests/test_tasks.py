@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -425,6 +426,36 @@ def test_without_network_the_hub_is_named(model, tokenizer, tmp_path, monkeypatc
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(KelibError, match=r"data set of task 'piqa' \(.*baber/piqa.*give as data"):
         evaluate_tasks(model, tokenizer, ["piqa"])
+
+
+def test_the_commit_that_is_named_is_read(model, tokenizer, data, tmp_path, monkeypatch):
+    import datasets
+    from hub_server import Hub
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    lines = ["".join(f"{json.dumps(row)}\n" for row in ITEMS["sciq"][:n]).encode() for n in (2, 3)]
+    with Hub() as hub:
+        hub.asked_by_this_process(monkeypatch, tmp_path)
+        splits = ("train", "validation", "test")
+        first, _ = (
+            hub.put(PUBLIC_TASKS["sciq"].repo, "main", {f"{split}.jsonl": few for split in splits})
+            for few in lines
+        )
+        found = evaluate_tasks(model, tokenizer, ["sciq"], commits={"sciq": first})
+        now = evaluate_tasks(model, tokenizer, ["sciq"])
+    local = evaluate_tasks(model, tokenizer, ["sciq"], data=data)
+    assert len(now.items) == len(ITEMS["sciq"]) == 3
+    for some in (found, now):
+        pd.testing.assert_frame_equal(some.items, local.items[: len(some.items)])
+
+
+def test_data_sets_on_the_hub_are_those_of_the_harness():
+    import lm_eval.tasks
+
+    for task in PUBLIC_TASKS.values():
+        folder = Path(lm_eval.tasks.__file__).parent / task.folder
+        texts = [path.read_text() for path in folder.glob("*.yaml")]
+        assert any(f"dataset_path: {task.repo}\n" in text for text in texts), task.folder
 
 
 def test_without_the_harness_its_extra_is_named(data, monkeypatch):
