@@ -97,7 +97,7 @@ def test_settings_that_cannot_be(overrides: dict[str, Any], message: str) -> Non
 def test_a_profile_is_known_to_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "trajectory_smoke"]) == 0
     assert "model generated:llama" in capsys.readouterr().out
-    with pytest.raises(KelibError, match=r"unknown trajectory profile 'smoke'.*paper, pythia"):
+    with pytest.raises(KelibError, match=r"unknown trajectory profile 'smoke'.*paper, paper_7b, "):
         load_trajectory("smoke")
 
 
