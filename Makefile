@@ -11,7 +11,7 @@ OWN := $(addprefix kelib/,own_model.py own_model_jobs.py)
 TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py continued.py continued_profile.py \
 	continued_jobs.py continued_intervals.py known.py learning_text.py learning.py learning_inputs.py sharding.py sharded_states.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
-	readme.py readme_figures.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
+	readme.py readme_figures.py readme_words.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
 	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
@@ -23,7 +23,7 @@ EARLY = $(shell grep -l 'name: early stages' '$(PARAMS)' 2>/dev/null)
 # figures by the stage after which they can be drawn
 AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig07_data_sets fig08_layers fig09_definitions \
 	fig10_entities ours_convergence ours_plasticity_panel $(if $(call has,comparison),fig06_other_family)
-AFTER_3 := fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting \
+AFTER_3 := fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting ours_release \
 	$(if $(call has,variants),fig13_corpora tab01_protocols ours_confounds) $(if $(EARLY),fig14_whole_pretraining) $(if $(call has,curve_seeds),ours_learning_curves)
 AFTER_4 := fig05_resuscitation tab00_claims ours_correlations $(if $(call has,arms),ours_interventions fig15_ratio \
 	fig16_resuscitation_stages fig18_attention_temperature)

@@ -12,7 +12,8 @@ import pandas as pd
 from kelib.config import Profile
 from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
-from kelib.readme_figures import DECLARED, figures_markdown
+from kelib.readme_figures import figures_markdown
+from kelib.readme_words import DECLARED
 from kelib.results import Tables, open_tables
 from kelib.tables import write_atomically
 
