@@ -12,7 +12,7 @@ from typing import Any
 
 from kelib import sources
 from kelib.errors import KelibError, listing
-from kelib.schema import convert, field_names, read_yaml, require
+from kelib.schema import field_names, read_rows, require
 from kelib.sources import Member
 
 MANIFEST = Path(__file__).resolve().parent.parent / "data" / "models.yaml"
@@ -62,18 +62,7 @@ def models(path: Path | None = None) -> dict[str, ModelArchive]:
 
     Raises KelibError when the file is missing, is not YAML or holds a malformed row.
     """
-    path = MANIFEST if path is None else path
-    content = read_yaml(path)
-    rows = content.get("models") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise KelibError(f"{path}: must hold a list of rows under 'models'; restore it")
-    found: dict[str, ModelArchive] = {}
-    for number, row in enumerate(rows, start=1):
-        archive: ModelArchive = convert(ModelArchive, row, f"{path.name} row {number}")
-        if archive.name in found:
-            raise KelibError(f"{path.name} row {number}: name {archive.name!r} occurs twice")
-        found[archive.name] = archive
-    return found
+    return read_rows(MANIFEST if path is None else path, "models", ModelArchive)
 
 
 def model_archive(name: str) -> ModelArchive:

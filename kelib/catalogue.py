@@ -21,7 +21,7 @@ import yaml
 from kelib import hub
 from kelib.errors import KelibError, listing
 from kelib.revisions import Revision, ordered
-from kelib.schema import convert, read_yaml, require
+from kelib.schema import read_rows, read_yaml, require
 from kelib.tables import write_atomically
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -51,7 +51,7 @@ class Family:
     ``source``: where ``tokens_per_step`` is from.
     """
 
-    family: str
+    name: str
     tokens_per_step: int | None
     source: str
     remarks: tuple[str, ...]
@@ -70,13 +70,8 @@ def catalogue(path: Path | None = None) -> dict[str, CatalogueModel]:
     Raises KelibError when the file is missing, is not YAML or holds a malformed row.
     """
     path = CATALOGUE if path is None else path
-    content = read_yaml(path)
-    rows = content.get("families") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise KelibError(f"{path}: must hold a list of rows under 'families'; restore it")
     found: dict[str, CatalogueModel] = {}
-    for number, row in enumerate(rows, start=1):
-        family: Family = convert(Family, row, f"{path.name} row {number}")
+    for number, family in enumerate(read_rows(path, "families", Family).values(), start=1):
         for model in family.models:
             if model.name in found:
                 raise KelibError(f"{path.name} row {number}: name {model.name!r} occurs twice")

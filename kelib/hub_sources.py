@@ -24,7 +24,7 @@ from kelib.errors import KelibError, listing
 from kelib.hub_text import how_to_bring, text_file
 from kelib.run import Run
 from kelib.runs import perform
-from kelib.schema import convert, read_yaml, require
+from kelib.schema import read_rows, require
 from kelib.tables import write_atomically
 
 PREFIX = "hub:"
@@ -63,18 +63,7 @@ class HubSource:
 
 def hub_sources(path: Path | None = None) -> dict[str, HubSource]:
     """The rows of ``data/hub_sources.yaml`` (or of ``path``) by name. Raises KelibError."""
-    path = MANIFEST if path is None else path
-    content = read_yaml(path)
-    rows = content.get("sources") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise KelibError(f"{path}: must hold a list of rows under 'sources'; restore it")
-    found: dict[str, HubSource] = {}
-    for number, row in enumerate(rows, start=1):
-        source: HubSource = convert(HubSource, row, f"{path.name} row {number}")
-        if source.name in found:
-            raise KelibError(f"{path.name} row {number}: name {source.name!r} occurs twice")
-        found[source.name] = source
-    return found
+    return read_rows(MANIFEST if path is None else path, "sources", HubSource)
 
 
 def hub_source(name: str) -> tuple[HubSource, int]:

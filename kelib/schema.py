@@ -11,11 +11,13 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from kelib.errors import KelibError, listing
+
+Row = TypeVar("Row", bound=Any)
 
 
 def digest(value: Any, length: int = 12) -> str:
@@ -144,3 +146,21 @@ def read_yaml(path: Path) -> Any:
         raise KelibError(f"{path.name} is not valid YAML: {reason}") from error
     except OSError as error:
         raise KelibError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_rows(path: Path, key: str, kind: type[Row]) -> dict[str, Row]:
+    """The rows of a list of YAML, each a dataclass ``kind`` with a field ``name``, by that name.
+
+    Raises KelibError, with the number of the row, for one that does not fit or a name given twice.
+    """
+    content = read_yaml(path)
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise KelibError(f"{path}: must hold a list of rows under '{key}'; restore it")
+    found: dict[str, Row] = {}
+    for number, values in enumerate(rows, start=1):
+        row = convert(kind, values, f"{path.name} row {number}")
+        if row.name in found:
+            raise KelibError(f"{path.name} row {number}: name {row.name!r} occurs twice")
+        found[row.name] = row
+    return found

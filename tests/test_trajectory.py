@@ -65,7 +65,9 @@ measure_trajectory(Trajectory(trajectory_from(values), home / "data", lock, audi
 
 
 def test_every_trajectory_profile_loads_and_its_model_is_known() -> None:
-    assert {"paper", "paper_7b", "paper_pythia", "pythia", "trajectory_smoke"} <= set(trajectory_profiles())
+    assert {"paper", "paper_7b", "paper_pythia", "pythia", "trajectory_smoke"} <= set(
+        trajectory_profiles()
+    )
     known = catalogue.catalogue()
     for name in trajectory_profiles():
         profile = load_trajectory(name)
