@@ -12,7 +12,8 @@ TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_
 	continued_jobs.py continued_intervals.py known.py learning_text.py learning.py learning_inputs.py sharding.py sharded_states.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py readme_words.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
-	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
+	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py \
+	table_layouts.py tolerances.py comparison.py variation.py changed_claims.py verify.py verify_command.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -49,7 +50,8 @@ endif
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
 	tables.py config.py sections.py study.py)
 
-.PHONY: help figures study test test-stages test-figures check format data plan audit status notebooks bench reference clean search lab
+.PHONY: help figures study test test-stages test-figures check format data plan audit status notebooks bench reference verify clean \
+	search lab
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile env.mk
@@ -153,6 +155,9 @@ bench: | $(READY) ## time and memory against the floor and against other librari
 
 reference: figures ## promote a finished profile to data/reference and figures/reference
 	@$(PY) -m kelib reference $(PROFILE)
+
+verify: | $(READY) ## fresh measurements beside the reference, quantity by quantity; fails on a real difference
+	@$(PY) -m kelib verify $(PROFILE) $(VERIFY)
 
 lab: | $(READY) ## open the notebooks in JupyterLab
 	@$(PY) -m jupyter lab --notebook-dir=notebooks

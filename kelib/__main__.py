@@ -170,6 +170,29 @@ def _learn(arguments: argparse.Namespace) -> None:
     run({**given, "parameters": parameters})
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from kelib.verify_command import run
+
+    try:
+        given = {name: value for name, value in vars(arguments).items() if name != "do"}
+        return run(**{**given, "strict": given["strict"] == "strict"})
+    except KelibError as error:
+        print(f"kelib: {error}", file=sys.stderr)
+        return 2  # 1 is a real difference
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``verify``, named as :func:`kelib.verify.run` takes them."""
+    add = parser.add_argument
+    add("profile")
+    add("--against", type=Path, metavar="DIR", help="other tables than data/measurements/PROFILE")
+    add("--json", dest="json_path", type=Path, metavar="OUT.json", help="write the comparison")
+    add("--claims", dest="strict", choices=("shown", "strict"), default="shown")
+    add("--all", dest="everything", action="store_true", help="list all quantities, not those off")
+    add("--accept", action="append", default=[], metavar="KEY", help="a parameter that may differ")
+    add("--write-variation", dest="keep_variation", action="store_true", help="two machines: keep")
+
+
 def _add_learn(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``learn``, named as :func:`kelib.learning.run` takes them."""
     add = parser.add_argument
@@ -233,16 +256,18 @@ def main(arguments: list[str] | None = None) -> int:
     one = commands.add_parser("learn", help="continual learning of one model, on one GPU or many")
     _add_learn(one)
     one.set_defaults(do=_learn)
+    one = commands.add_parser("verify", help="fresh measurements beside the committed reference")
+    _add_verify(one)
+    one.set_defaults(do=_verify)
     chosen = parser.parse_args(arguments)
     try:
-        chosen.do(chosen)
+        return chosen.do(chosen) or 0
     except KelibError as error:
         print(f"kelib: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"kelib: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Which verdicts on claims and outcomes of contrasts differ between two runs of a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from kelib import claims as rule
+from kelib.claims import Claim
+from kelib.config import profile_from, repository_root
+from kelib.contrasts import (
+    NOT_RUN,
+    Contrast,
+    differences,
+    judged,
+    load_contrasts,
+    rates_of,
+)
+from kelib.errors import KelibError
+from kelib.verdicts import verdicts
+
+COLUMNS = ["kind", "name", "learning_rate", "n", "mean", "low95", "high95", "unit", "judgement"]
+KEYS = ["kind", "name", "learning_rate"]
+NEEDED = ("continual", "entropy", "checkpoints")
+Tables = Mapping[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What is judged: ``claims.yaml`` and all ``contrasts*.yaml`` of ``notebooks/params``."""
+
+    claims: tuple[Claim, ...]
+    contrasts: tuple[Contrast, ...]
+
+
+def declared() -> Declared:
+    """Read what is judged. Raises KelibError as the loaders do."""
+    folder = repository_root() / "notebooks" / "params"
+    files = sorted(folder.glob("contrasts*.yaml"))
+    found = tuple(contrast for path in files for contrast in load_contrasts(path))
+    return Declared(rule.load_claims(folder / "claims.yaml"), found)
+
+
+def judgements(what: Declared, tables: Tables, parameters: Mapping[str, Any]) -> pd.DataFrame:
+    """Verdicts on claims and outcomes of contrasts in one run, as :data:`COLUMNS`; mean and
+    interval in the unit, the rate NaN for contrasts.
+
+    What rests on missing tables is left out. Raises KelibError where the tables do not suit
+    (:mod:`kelib.claims`, :mod:`kelib.contrasts`).
+    """
+    parts = [_claims(what.claims, tables), _contrasts(what.contrasts, tables, parameters)]
+    there = [part[COLUMNS] for part in parts if len(part)]
+    return pd.concat(there, ignore_index=True) if there else pd.DataFrame(columns=COLUMNS)
+
+
+def _claims(claims: tuple[Claim, ...], tables: Tables) -> pd.DataFrame:
+    if not set(NEEDED) <= set(tables):
+        return pd.DataFrame()
+    continual, entropy, checkpoints = (tables[name] for name in NEEDED)
+    totals = entropy.groupby(["seed", "step"], as_index=False)["entropy_nats"].sum()
+    table = verdicts(
+        rule.claim_differences(continual, tables.get("interventions"), claims),
+        rule.entropy_change(totals, continual),
+        claims,
+        tokens_per_parameter=float(checkpoints["tokens_per_parameter"].max()),
+    )
+    return table.rename(columns={"claim": "name", "verdict": "judgement"}).assign(kind="claim")
+
+
+def _contrasts(
+    contrasts: tuple[Contrast, ...], tables: Tables, parameters: Mapping[str, Any]
+) -> pd.DataFrame:
+    rates = rates_of(profile_from(parameters))
+    table = judged(contrasts, differences(contrasts, tables.get, rates))
+    renamed = table.rename(columns={"contrast": "name", "outcome": "judgement"})
+    renamed = renamed.assign(kind="contrast", learning_rate=float("nan"))
+    return renamed[renamed["judgement"] != NOT_RUN]
+
+
+def compare_claims(
+    reference: Tables, fresh: Tables, parameters: Mapping[str, Any]
+) -> tuple[pd.DataFrame, int, str]:
+    """Judgements that differ, with columns ``_reference`` and ``_fresh``; how many were compared;
+    and, where none was, why. What one side lacks is not compared.
+    """
+    try:
+        what = declared()
+        before, after = (judgements(what, tables, parameters) for tables in (reference, fresh))
+    except KelibError as error:
+        return pd.DataFrame(), 0, str(error)
+    both = before.merge(after, on=[*KEYS, "unit"], suffixes=("_reference", "_fresh"))
+    changed = both[both["judgement_reference"] != both["judgement_fresh"]]
+    return changed.reset_index(drop=True), len(both), "" if len(both) else "no claim was run"
