@@ -60,7 +60,7 @@ def _claims(claims: tuple[Claim, ...], tables: Tables) -> pd.DataFrame:
     if not set(NEEDED) <= set(tables):
         return pd.DataFrame()
     continual, entropy, checkpoints = (tables[name] for name in NEEDED)
-    totals = entropy.groupby(["seed", "step"], as_index=False)["entropy_nats"].sum()
+    totals = entropy.groupby(["seed", "step"])["entropy_nats"].sum().reset_index()
     table = verdicts(
         rule.claim_differences(continual, tables.get("interventions"), claims),
         rule.entropy_change(totals, continual),

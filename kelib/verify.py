@@ -86,7 +86,7 @@ def compare(profile: str, against: Path | None = None, accept: Collection[str] =
             f"{folders['fresh']} has {listing(names['fresh'])}; run make figures PROFILE={profile} "
             f"first; there are references of {listing(known - {'bench', 'machines'})}"
         )
-    report = Report(profile, *folders.values())
+    report = Report(profile, folders["reference"], folders["fresh"])
     for side in folders:
         other = "fresh" if side == "reference" else "reference"
         if alone := names[side] - names[other]:
@@ -176,16 +176,17 @@ def _refuse_other_parameters(
 ) -> None:
     differing: dict[str, str] = {}
     for name in names:
-        given = [
+        one, two = (
             _values(read_provenance(folder / f"{name}.csv")["parameters"])
             for folder in folders.values()
-        ]
-        for key, one, two in _differences(*given):
+        )
+        for key, before, after in _differences(one, two):
             section = key.split(".")[0]
-            if "pretraining" in given[0] and section not in layout_of(name).sections:
+            if "pretraining" in one and section not in layout_of(name).sections:
                 continue  # no number of this table rests on it
-            if not any(key == one or key.startswith(f"{one}.") for one in accept):
-                differing.setdefault(key, f"{key} is {_short(one)} in the reference, {_short(two)}")
+            if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in accept):
+                text = f"{key} is {_short(before)} in the reference, {_short(after)}"
+                differing.setdefault(key, text)
     if differing:
         raise KelibError(
             f"{folders['fresh']} was measured with other parameters: "

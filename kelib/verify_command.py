@@ -36,8 +36,8 @@ def run(
     """
     report = compare(profile, against, accept)
     judge_claims(report)
-    print("\n".join(_lines(report, everything)))
     failed = bool(report.off) or (strict and len(report.claims) > 0)
+    print("\n".join([*_lines(report, everything), _verdict(report, failed)]))
     if json_path is not None:
         write_atomically(json_path, json.dumps(as_json(report, failed), indent=1) + "\n")
     if keep_variation:
@@ -84,7 +84,6 @@ def _lines(report: Report, everything: bool) -> Iterator[str]:
     yield from _claim_lines(report)
     if remark := _machine(report):
         yield remark
-    yield _verdict(report)
 
 
 def _made_by(report: Report) -> list[str]:
@@ -138,25 +137,28 @@ def _claim_lines(report: Report) -> Iterator[str]:
         yield f"  {row['kind']} {row['name']}{rate}: {' -> '.join(sides)} {row['unit']}"
 
 
-def _judged(row: Mapping[str, Any], side: str) -> str:
+def _judged(row: Mapping[Any, Any], side: str) -> str:
     mean, low, high = (row[f"{name}_{side}"] for name in ("mean", "low95", "high95"))
+    effect = "" if pd.isna(mean) else f", {mean:+.3f}"
     interval = "" if pd.isna(low) else f" [{low:+.3f}, {high:+.3f}]"
-    return f"{row[f'judgement_{side}']}, {mean:+.3f}{interval}"
+    return f"{row[f'judgement_{side}']}{effect}{interval}"
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: Report, failed: bool) -> str:
     if report.byte_equal:
         return f"verified: all {len(report.sides['reference'])} tables are the same to the byte"
     counts = {s: sum(q.status == s for q in report.quantities) for s in (SAME, WITHIN, OFF)}
     text = ", ".join(f"{number} {status}" for status, number in counts.items())
-    if report.off:
-        return f"NOT verified: of {len(report.quantities)} quantities {text}"
-    return f"verified: of {len(report.quantities)} quantities {text}"
+    if failed and not report.off:
+        text += f", but {len(report.claims)} judgement{'s' * (len(report.claims) > 1)} changed"
+    return f"{'NOT ' * failed}verified: of {len(report.quantities)} quantities {text}"
 
 
 def _machine(report: Report) -> str:
-    """What tables that are the same to the byte say about the machine, where others are not."""
-    tables = report.sides["reference"]
+    """What tables of trained models that are the same to the byte say about the machine, where
+    others are not.
+    """
+    tables = [name for name, table in report.tables["reference"].items() if "seed" in table]
     equal = [name for name in tables if name in report.equal]
     if not equal or report.byte_equal:
         return ""
