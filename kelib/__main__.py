@@ -1,4 +1,5 @@
-"""``python -m kelib``: what the Makefile calls. Refusals print one line and exit with 1."""
+"""``python -m kelib``: what the Makefile calls. Refusals print one line and exit with 1 (2 of
+``verify``)."""
 
 from __future__ import annotations
 
@@ -176,7 +177,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     try:
         given = {name: value for name, value in vars(arguments).items() if name != "do"}
         return run(**{**given, "strict": given["strict"] == "strict"})
-    except KelibError as error:
+    except (KelibError, OSError) as error:
         print(f"kelib: {error}", file=sys.stderr)
         return 2  # 1 is a real difference
 

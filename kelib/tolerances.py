@@ -73,7 +73,8 @@ def standard_deviations(values: np.ndarray) -> np.ndarray:
     """Over seeds (second axis), by cell, no less than their median; NaN without three seeds, 0
     where no cell varies.
     """
-    enough = np.isfinite(values).sum(axis=1) >= LEAST_SEEDS
+    values = np.where(np.isfinite(values), values, np.nan)
+    enough = (~np.isnan(values)).sum(axis=1) >= LEAST_SEEDS
     if not enough.any():
         return np.full(len(values), np.nan)
     found = np.full(len(values), np.nan)
@@ -166,9 +167,11 @@ def judge(
     Returns the fields of :class:`kelib.comparison.Quantity` from ``status`` to ``limit``, and the
     size of z.
     """
-    one_side = np.isnan(reference) != np.isnan(fresh)
-    difference = fresh - reference
+    with np.errstate(invalid="ignore"):
+        difference = fresh - reference
     known = np.isfinite(difference)
+    alike = (reference == fresh) | (np.isnan(reference) & np.isnan(fresh))
+    one_side = ~known & ~alike  # NaN or infinite there, and not here
     if not one_side.any() and not difference[known].any():
         return {"status": SAME}, np.abs(difference)
     tau, scale = _scales(reference, like)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,9 @@ def run(
     failed = bool(report.off) or (strict and len(report.claims) > 0)
     print("\n".join([*_lines(report, everything), _verdict(report, failed)]))
     if json_path is not None:
-        write_atomically(json_path, json.dumps(as_json(report, failed), indent=1) + "\n")
+        write_atomically(
+            json_path, json.dumps(as_json(report, failed), indent=1, allow_nan=False) + "\n"
+        )
     if keep_variation:
         note = read_provenance(report.fresh / f"{next(iter(report.sides['fresh']))}.csv")
         about = {name: note[name] for name in ("commit", "versions", "seeds")}
@@ -53,7 +56,7 @@ def as_json(report: Report, failed: bool) -> dict[str, Any]:
     claims = report.claims.astype(object).where(report.claims.notna(), None)
     quantities = [asdict(q) for q in report.quantities]
     for row in quantities:
-        row |= {k: None for k, v in row.items() if isinstance(v, float) and abs(v) == float("inf")}
+        row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     return {
         "profile": report.profile,
         "failed": failed,

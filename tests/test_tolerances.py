@@ -154,6 +154,9 @@ def test_what_is_undefined_on_one_side_is_off_except_in_quotients(k):
     assert found["status"] == OFF and found["reason"] == "1 undefined on one side only"
     assert np.isinf(size[0, 0])
     assert judge(k, hollow, ratio=True)[0]["status"] == WITHIN
+    hollow[0, 0] = np.inf
+    assert judge(k, hollow)[0]["status"] == judge(hollow, -hollow)[0]["status"] == OFF
+    assert judge(hollow, hollow)[0]["status"] == SAME
     far = k.copy()
     far[0, 0] += 100  # a denominator near 0
     assert judge(k, far)[0]["status"] == OFF
