@@ -3,7 +3,8 @@ tolerance of :mod:`kelib.tolerances`.
 
 A table ``data/reference/machines/<profile>.csv``, a row per pair of machines and quantity:
 
-* pair: digest of the tables that were compared with the reference;
+* pair: first digits of the sha256 of the other machine's table, so that the same numbers, as
+  machines of one kind give, count once;
 * table, part, quantity; rows and seeds that were compared;
 * rms_difference in the unit of the quantity;
 * spread and largest: root mean square and largest size of z, the difference in units of what seeds
@@ -59,7 +60,7 @@ def write_variation(
     sides: Mapping[str, Mapping[str, str]],
     note: Mapping[str, Any],
 ) -> Path:
-    """Add a pair of machines to the variation of a profile; the same pair replaces itself.
+    """Add a pair of machines to the variation of a profile; the same tables replace themselves.
 
     ``sides`` has the sha256 of the compared tables by ``reference`` and ``fresh`` and the table's
     name, ``note`` what is known of the fresh run, for the provenance. Only quantities with a scale
@@ -79,14 +80,14 @@ def write_variation(
             "no variation to write: nothing measured differs, as on the same kind of machine, or "
             "there are fewer than 3 seeds; run the profile on another kind"
         )
-    pair, path = digest(sides["fresh"]), path_of(profile)
-    rows = pd.DataFrame([{**vars(q), "pair": pair} for q in measured])[COLUMNS]
-    pairs: dict[str, Any] = {}
+    path, fresh = path_of(profile), sides["fresh"]
+    rows = pd.DataFrame([{**vars(q), "pair": fresh[q.table][:12]} for q in measured])[COLUMNS]
+    runs = {digest(dict(note)): dict(note)}
     if path.exists():
         earlier = _kept(path)
-        rows = pd.concat([earlier[earlier["pair"] != pair], rows], ignore_index=True)
-        pairs = read_provenance(path)["parameters"]["pairs"]
-    parameters = {"profile": profile, "pairs": {**pairs, pair: dict(note)}}
+        rows = pd.concat([earlier[~earlier["pair"].isin(rows["pair"])], rows], ignore_index=True)
+        runs = read_provenance(path)["parameters"]["runs"] | runs
+    parameters = {"profile": profile, "runs": runs}
     rows = rows.sort_values([*KEY, "pair"], ignore_index=True)
     inputs = {f"reference {name}": sha256 for name, sha256 in sides["reference"].items()}
     write_table(rows, path, provenance(parameters, [], inputs))
