@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import yaml
 from kelib import hub
 from kelib.errors import KelibError, listing
 from kelib.revisions import Revision, ordered
-from kelib.schema import read_rows, read_yaml, require
+from kelib.schema import digest, read_rows, read_yaml, require
 from kelib.tables import write_atomically
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -131,15 +132,8 @@ def pin(name: str, lock: Path | None = None) -> tuple[list[Revision], dict[str, 
         raise KelibError(f"{model.repo} has no revisions on the model hub; give another model")
     revisions = ordered(model.repo, {**listed, **pinned})
     if listed.keys() - pinned.keys():
-        content = read_lock(lock) | {
-            model.name: {
-                "repo": model.repo,
-                "listed": datetime.date.today().isoformat(),
-                "revisions": {revision.name: revision.commit for revision in revisions},
-            }
-        }
-        by_model = {key: content[key] for key in sorted(content)}
-        write_atomically(lock, _LOCK_HEAD + yaml.safe_dump(by_model, sort_keys=False))
+        commits = {revision.name: revision.commit for revision in revisions}
+        write_lock(lock, _LOCK_HEAD, model.name, model.repo, commits)
     differ = {}
     for key, commit in pinned.items():
         if key not in listed:
@@ -162,8 +156,21 @@ def _pinned(model: CatalogueModel, lock: Path) -> dict[str, str]:
     return dict(entry["revisions"])
 
 
+def write_lock(lock: Path, head: str, name: str, repo: str, commits: Mapping[str, str]) -> None:
+    """Write the entry of ``name`` into a lock file, listed today and sealed; the others stay."""
+    entry = {
+        "repo": repo,
+        "listed": datetime.date.today().isoformat(),
+        "revisions": dict(commits),
+    }
+    content = read_lock(lock) | {name: {**entry, "seal": digest([name, entry])}}
+    by_name = {key: content[key] for key in sorted(content)}
+    write_atomically(lock, head + yaml.safe_dump(by_name, sort_keys=False))
+
+
 def read_lock(lock: Path) -> dict[str, Any]:
-    """A lock file by name: repo, date of listing, commits by revision. Raises KelibError."""
+    """A lock file by name: repo, date of listing, commits by revision, and a seal of these, which
+    an older kelib did not write. Raises KelibError."""
     content = read_yaml(lock) if lock.exists() else {}
     content = {} if content is None else content
     if not isinstance(content, dict):
@@ -172,12 +179,20 @@ def read_lock(lock: Path) -> dict[str, Any]:
         entry = entry if isinstance(entry, dict) else {}
         commits = entry.get("revisions")
         pairs = commits.items() if isinstance(commits, dict) else [("", "")]
-        if not isinstance(entry.get("repo"), str) or not all(
+        named = isinstance(name, str) and isinstance(entry.get("repo"), str)
+        if not named or not all(
             isinstance(key, str) and isinstance(commit, str) and _COMMIT.fullmatch(commit)
             for key, commit in pairs
         ):
             raise KelibError(
                 f"{lock}: the entry {name} must have a repo and revisions, each with a commit of "
                 "40 hexadecimal digits; restore it or delete it"
+            )
+        plain = {"repo": entry["repo"], "listed": str(entry.get("listed")), "revisions": commits}
+        if entry.get("seal", found := digest([name, plain])) != found:
+            raise KelibError(
+                f"{lock}: the entry {name} has digest {found}, it was sealed with "
+                f"{entry['seal']!r}: it was changed after it was written; restore it, or delete it "
+                "and measure again what was measured with it"
             )
     return content

@@ -8,7 +8,6 @@ user's own text. So the commit is in the name of every run that rests on the tex
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -16,16 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kelib import hub, sources
-from kelib.catalogue import DATA, read_lock
+from kelib.catalogue import DATA, read_lock, write_lock
 from kelib.errors import KelibError, listing
 from kelib.hub_text import how_to_bring, text_file
 from kelib.run import Run
 from kelib.runs import perform
 from kelib.schema import read_rows, require
-from kelib.tables import write_atomically
 
 PREFIX = "hub:"
 MANIFEST = DATA / "hub_sources.yaml"
@@ -120,13 +116,7 @@ def pinned(name: str, repo: str, bring: str | None = None, lock: Path | None = N
             f"{repo} has no branch {BRANCH}, it has {listing(listed)}; give the commit as "
             "revision in data/hub_sources.yaml"
         )
-    content[name] = {
-        "repo": repo,
-        "listed": datetime.date.today().isoformat(),
-        "revisions": {BRANCH: listed[BRANCH]},
-    }
-    by_name = {key: content[key] for key in sorted(content)}
-    write_atomically(lock, _LOCK_HEAD + yaml.safe_dump(by_name, sort_keys=False))
+    write_lock(lock, _LOCK_HEAD, name, repo, {BRANCH: listed[BRANCH]})
     return listed[BRANCH]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,6 +12,7 @@ from kelib.calibration import Calibration, own_seconds
 from kelib.errors import KelibError
 from kelib.planner import published_cost, study_cost
 from kelib.published import PublishedStudy
+from kelib.seals import unsealed
 from kelib.study import Study
 from kelib.workload import shape_of_profile
 
@@ -23,7 +25,16 @@ def finished_runs(study: Study | PublishedStudy) -> list[dict[str, Any]]:
     places = [study.data / "corpus" / name, study.data / "checkpoints" / name]
     found = [path for place in places for path in place.glob("*/run.json")]
     found += study.measurements.glob("*/*/run.json")
-    return [json.loads(path.read_text()) for path in sorted(found)]
+    return [_note(path) for path in sorted(found)]
+
+
+def _note(path: Path) -> dict[str, Any]:
+    try:
+        return unsealed(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise KelibError(
+            f"{path} is not what the run wrote ({error}); delete {path.parent} and run again"
+        ) from error
 
 
 def check_table(study: Study | PublishedStudy, calibration: Calibration) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
 from kelib.readme_figures import figures_markdown
 from kelib.readme_words import DECLARED
-from kelib.results import Tables, open_tables
+from kelib.results import Tables, open_tables, read_figure_note
 from kelib.tables import write_atomically
 
 START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
@@ -141,6 +141,7 @@ def _seeds(profile: Profile) -> str:
 def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | None]) -> None:
     """Write the generated parts anew; claims, control and protocol are of the profile ``shown``."""
     text, tables = readme.read_text("utf-8"), open_tables(shown)
+    read_figure_note(tables.figures / "tab00_claims.json")
     claims = pd.read_csv(tables.figures / "tab00_claims.csv")
     text = replace_generated(text, "claims", claims_markdown(claims))
     text = replace_generated(text, "controls", controls_markdown(tables))

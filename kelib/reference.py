@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 from pathlib import Path
 
 from kelib.config import repository_root
 from kelib.errors import KelibError, listing
 from kelib.readme import refresh_readme
-from kelib.results import Tables, open_tables, promote_files
-from kelib.tables import read_provenance, read_table, write_atomically
+from kelib.results import Tables, open_tables, promote_files, read_figure_note
+from kelib.tables import check_vectors, read_provenance, read_table, write_atomically
 
 SEARCH, BENCH = "search", "bench"
 
@@ -34,6 +33,7 @@ def promote(name: str) -> None:
         raise KelibError(f"nothing was measured in {measured}; there are {listing(set(there))}")
     for table in tables:
         read_table(measured / f"{table}.csv")  # complete and as written
+        check_vectors(measured / f"{table}.csv")
     tables_of = [measured / f"{t}{suffix}" for t in tables for suffix in (".csv", ".json")]
     if name == BENCH:
         promote_files(tables_of, root / "data" / "reference" / name)
@@ -98,7 +98,7 @@ def _drawn_figures(name: str, drawn: Path, measured: Path) -> list[Path]:
         for suffix in (".pdf", ".png", ".csv"):
             if not figure.with_suffix(suffix).exists():
                 raise KelibError(f"no {figure.stem}{suffix} in {drawn}: {again}")
-        for table, sha256 in json.loads(figure.read_text("utf-8"))["inputs"].items():
+        for table, sha256 in read_figure_note(figure)["inputs"].items():
             if read_provenance(measured / f"{table}.csv")["sha256"] != sha256:
                 raise KelibError(f"{figure.stem} was drawn from another {table}.csv: {again}")
     return figures

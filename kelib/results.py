@@ -5,6 +5,7 @@ here.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import pandas as pd
 
 from kelib.config import Profile, profile_from, repository_root
 from kelib.errors import KelibError, listing
+from kelib.seals import sealed, unsealed
 from kelib.tables import provenance, read_provenance, read_table, write_atomically
 from kelib.temporary import temporary_beside
 
@@ -109,12 +111,7 @@ def save_figure(
         metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
         figure.savefig(temporary, dpi=200, metadata=metadata)
         temporary.replace(results.output / f"{name}.{suffix}")
-    write_atomically(
-        results.output / f"{name}.csv",
-        plotted.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
-    )
-    text = json.dumps({**note, "figure": name}, indent=1, sort_keys=True)
-    write_atomically(results.output / f"{name}.json", text + "\n")
+    _write_numbers(plotted, results.output / f"{name}.csv", {**note, "figure": name})
     return note
 
 
@@ -123,10 +120,38 @@ def save_table(
 ) -> None:
     """Write a table of the paper: ``name``.csv and .json (provenance) into ``results.output``."""
     note = provenance(results.parameters, list(results.seeds), results.inputs(inputs))
+    _write_numbers(table, results.output / f"{name}.csv", {**note, **extra, "table": name})
+
+
+def _write_numbers(table: pd.DataFrame, path: Path, note: dict[str, Any]) -> None:
     text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    write_atomically(results.output / f"{name}.csv", text)
-    text = json.dumps({**note, **extra, "table": name}, indent=1, sort_keys=True)
-    write_atomically(results.output / f"{name}.json", text + "\n")
+    write_atomically(path, text)
+    note = sealed({**note, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    text = json.dumps(note, indent=1, sort_keys=True)
+    write_atomically(path.with_suffix(".json"), text + "\n")
+
+
+def read_figure_note(path: Path) -> dict[str, Any]:
+    """The provenance of a figure (``path``, JSON), with the numbers beside it checked against it.
+
+    Raises KelibError if one of the two is missing or is not what was written. What an older kelib
+    wrote names no sha256, so that its numbers are taken as they are.
+    """
+    again = f"delete {path.name} and draw the figure again"
+    try:
+        note = unsealed(json.loads(path.read_text("utf-8")))
+        found = hashlib.sha256(path.with_suffix(".csv").read_bytes()).hexdigest()
+    except (OSError, ValueError, TypeError) as error:
+        what = getattr(error, "filename", None) or path
+        raise KelibError(
+            f"{what} cannot be read ({getattr(error, 'strerror', None) or error}); {again}"
+        ) from error
+    if note.get("sha256", found) != found:
+        raise KelibError(
+            f"{path.with_suffix('.csv')} has sha256 {found[:12]}, its .json says "
+            f"{note['sha256'][:12]}: it was changed after it was drawn; {again}"
+        )
+    return note
 
 
 def promote_files(files: list[Path], target: Path) -> None:

@@ -25,12 +25,19 @@ def seal(folder: Path, besides: Collection[str] = ()) -> dict[str, str]:
     return {name: _sha256(path) for name, path in names.items() if name not in besides}
 
 
-def check(folder: Path, sealed: Mapping[str, str], names: Iterable[str] | None = None) -> None:
+def check(
+    folder: Path,
+    sealed: Mapping[str, str],
+    names: Iterable[str] | None = None,
+    remedy: str | None = None,
+) -> None:
     """Raise KelibError unless the files ``names`` (None: all that were sealed) are as sealed.
 
     A file that this process has read before, and whose size and times have not changed since, is
-    not read again. Files that were never sealed are not looked at.
+    not read again. Files that were never sealed are not looked at. ``remedy`` is for files that
+    are not those of a run's folder.
     """
+    remedy = remedy or f"delete {folder} and run again, what rests on it is kept"
     for name in sealed if names is None else names:
         if name not in sealed:
             continue
@@ -40,13 +47,11 @@ def check(folder: Path, sealed: Mapping[str, str], names: Iterable[str] | None =
             key = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
             found = _known.get(key) or _known.setdefault(key, _sha256(path))
         except OSError as error:
-            raise KelibError(
-                f"{path} cannot be read ({error.strerror}); {_remedy(folder)}"
-            ) from None
+            raise KelibError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
         if found != sealed[name]:
             raise KelibError(
                 f"{path} has sha256 {found[:12]}, it was sealed with {sealed[name][:12]}: it is "
-                f"not what the run wrote; {_remedy(folder)}"
+                f"not what was written; {remedy}"
             )
 
 
@@ -64,10 +69,6 @@ def unsealed(note: Any) -> dict[str, Any]:
     if wanted is not None and wanted != (found := digest(plain)):
         raise ValueError(f"its digest is {found}, it was sealed with {wanted}")
     return plain
-
-
-def _remedy(folder: Path) -> str:
-    return f"delete {folder} and run again, what rests on it is kept"
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ twice.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,14 @@ from kelib.study_tables import (
     pretraining_table,
     save_coefficients,
 )
-from kelib.tables import library_digest, provenance, read_provenance, read_table, write_table
+from kelib.tables import (
+    library_digest,
+    provenance,
+    read_provenance,
+    read_table,
+    seal_vectors,
+    write_table,
+)
 
 
 def open_study(
@@ -67,7 +74,12 @@ def open_study(
 
 
 def _write(
-    study: Study, name: str, table: pd.DataFrame, inputs: list[str], runs: list[Run]
+    study: Study,
+    name: str,
+    table: pd.DataFrame,
+    inputs: list[str],
+    runs: list[Run],
+    vectors: Iterable[Path] = (),
 ) -> pd.DataFrame:
     path = study.measurements / f"{name}.csv"
     read = {n: read_provenance(study.measurements / f"{n}.csv")["sha256"] for n in inputs}
@@ -75,6 +87,8 @@ def _write(
     # what the runs behind the table took, summed over processes: not part of any digest
     note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
     note["runs"] = len(runs)
+    if files := seal_vectors(vectors):
+        note["files"] = files
     write_table(table, path, note)
     return read_table(path)
 
@@ -104,11 +118,12 @@ def measure(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     study.run(runs, "measure")
     tables = {**entropy_tables(study), "checkpoints": checkpoints_table(study)}
     tables["entities"] = entities_table(study)
-    save_coefficients(study)
+    vectors = {"entropy": save_coefficients(study)}
     made = {"checkpoints": "evaluate", "entities": "entities"}
     for name in MEASURED:
         of_it = [run for run in runs if run.kind == made.get(name, "entropy")]
-        tables[name] = _write(study, name, tables[name], ["pretraining"], of_it)
+        of_name = vectors.get(name, [])
+        tables[name] = _write(study, name, tables[name], ["pretraining"], of_it, of_name)
     return tables["entropy"], tables["checkpoints"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,12 +114,19 @@ def perplexities(mentions: pd.DataFrame) -> dict[str, float]:
     return row | {"ln_perplexity_mean": logs.mean(), "ln_perplexity_sd": logs.std()}
 
 
-def save_coefficients(study: Study) -> None:
-    """Mean coefficients of every checkpoint, a safetensors file a seed (tensors ``step/layer``)."""
+def save_coefficients(study: Study) -> list[Path]:
+    """Mean coefficients of every checkpoint, a safetensors file a seed (tensors ``step/layer``).
+
+    Returns the paths. Raises KelibError for a run's file that is not what it wrote.
+    """
+    written, name = [], "coefficients.safetensors"
     for seed in study.profile.seeds:
-        steps = study.profile.pretraining.checkpoints
-        files = {s: study.entropy_run(seed, s).folder / "coefficients.safetensors" for s in steps}
-        stack_coefficients(files, study.measurements / f"coefficients-seed{seed}.safetensors")
+        runs = {s: study.entropy_run(seed, s) for s in study.profile.pretraining.checkpoints}
+        for run in runs.values():
+            run.check([name])
+        written.append(study.measurements / f"coefficients-seed{seed}.safetensors")
+        stack_coefficients({s: run.folder / name for s, run in runs.items()}, written[-1])
+    return written
 
 
 def continual_table(

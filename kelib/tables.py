@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
+from kelib import seals
 from kelib.config import digest, repository_root
 from kelib.errors import KelibError, listing
-from kelib.seals import sealed, unsealed
 from kelib.temporary import temporary_beside
 
 
@@ -48,7 +48,7 @@ def write_table(table: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) 
     """
     text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
     note = {**provenance, "rows": len(table), "sha256": _sha256(text.encode())}
-    note = sealed(note)
+    note = seals.sealed(note)
     write_atomically(path.with_suffix(".json"), json.dumps(note, indent=1, sort_keys=True) + "\n")
     write_atomically(path, text)
 
@@ -76,7 +76,7 @@ def read_table(path: Path) -> pd.DataFrame:
 def read_provenance(path: Path) -> dict[str, Any]:
     """The JSON beside a table."""
     try:
-        note = unsealed(json.loads(path.with_suffix(".json").read_text()))
+        note = seals.unsealed(json.loads(path.with_suffix(".json").read_text()))
         if "sha256" not in note:
             raise ValueError("it has no sha256")
         return note
@@ -84,6 +84,36 @@ def read_provenance(path: Path) -> dict[str, Any]:
         raise KelibError(
             f"no readable provenance {path.with_suffix('.json')}; run its stage again "
             f"({getattr(error, 'strerror', None) or error})"
+        ) from error
+
+
+def seal_vectors(paths: Iterable[Path]) -> dict[str, str]:
+    """Hashes by name of files that lie beside tables, for ``files`` in the provenance of one."""
+    return {path.name: _sha256(path.read_bytes()) for path in paths}
+
+
+def check_vectors(table: Path) -> None:
+    """Raise KelibError unless the files that lie beside a table, and that its provenance names
+    under ``files``, are as they were written. An older kelib named none.
+    """
+    files = read_provenance(table).get("files", {})
+    seals.check(table.parent, files, remedy=f"run the stage that writes {table.name} again")
+
+
+def read_vectors(path: Path, table: str) -> dict[str, np.ndarray]:
+    """The tensors by name of a safetensors file that lies beside ``table``.csv and is named in its
+    provenance: mean coefficients ``(memories,)`` of a layer as ``step/layer``.
+
+    Raises KelibError for a file that is not there or is not what was written.
+    """
+    check_vectors(path.with_name(f"{table}.csv"))
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        there = [p.name for p in path.parent.glob("*.safetensors")]
+        raise KelibError(
+            f"{path} cannot be read ({error}); beside {table}.csv there are {listing(there)}; run "
+            "its stage again"
         ) from error
 
 

@@ -32,7 +32,7 @@ from kelib.results import Tables, open_tables
 from kelib.revisions import Revision, pick, read_name
 from kelib.run import Run
 from kelib.runs import execute
-from kelib.tables import provenance, read_table, write_table
+from kelib.tables import provenance, read_table, seal_vectors, write_table
 from kelib.trajectory_profile import (
     KEY,
     OF_A_RUN,
@@ -275,13 +275,17 @@ def _write(
     note = provenance(study.profile.parameters, [study.profile.seed], inputs)
     note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
     note["runs"] = len(runs)
+    vectors = []
     for run in runs:
+        run.check(["coefficients.safetensors"])
         name = f"coefficients-{run.settings['revision'].replace('/', '-')}.safetensors"
-        shutil.copyfile(run.folder / "coefficients.safetensors", study.measurements / name)
+        vectors.append(study.measurements / name)
+        shutil.copyfile(run.folder / "coefficients.safetensors", vectors[-1])
+    files = {"entropy": seal_vectors(vectors)}
     tables = {}
     for name, part in parts.items():
         path = study.measurements / f"{name}.csv"
-        write_table(part, path, note)
+        write_table(part, path, note | ({"files": files[name]} if name in files else {}))
         tables[name] = read_table(path)
     return tables
 

@@ -136,6 +136,6 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
         check(tmp_path, found)
     assert len(read) == 1
     (tmp_path / "a").write_text("two!")
-    with pytest.raises(KelibError, match="it is not what the run wrote"):
+    with pytest.raises(KelibError, match="it is not what was written"):
         check(tmp_path, found)
     check(tmp_path, found, ["never sealed"])
