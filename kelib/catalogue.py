@@ -29,7 +29,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 CATALOGUE = DATA / "catalogue.yaml"
 LOCK = DATA / "revisions.lock.yaml"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LOCK_HEAD = """\
+LOCK_HEAD = """\
 # The revisions that the model hub listed when a model was first used, each pinned to its commit.
 # Written by kelib/catalogue.py. Commit this file: it says which checkpoints a measurement means.
 """
@@ -133,7 +133,7 @@ def pin(name: str, lock: Path | None = None) -> tuple[list[Revision], dict[str, 
     revisions = ordered(model.repo, {**listed, **pinned})
     if listed.keys() - pinned.keys():
         commits = {revision.name: revision.commit for revision in revisions}
-        write_lock(lock, _LOCK_HEAD, model.name, model.repo, commits)
+        write_lock(lock, LOCK_HEAD, model.name, model.repo, commits)
     differ = {}
     for key, commit in pinned.items():
         if key not in listed:

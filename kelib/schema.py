@@ -143,9 +143,13 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise KelibError(f"{path.name} is not valid YAML: {reason}") from error
+        raise KelibError(
+            f"{path.name} is not valid YAML: {reason}; correct it, or restore the file"
+        ) from error
     except OSError as error:
-        raise KelibError(f"cannot read {path}: {error.strerror}") from error
+        raise KelibError(
+            f"cannot read {path}: {error.strerror}; give a file that can be read"
+        ) from error
 
 
 def read_rows(path: Path, key: str, kind: type[Row]) -> dict[str, Row]:
