@@ -284,24 +284,21 @@ def study_files(folder: Path) -> list[Artefact]:
         stages.measure(study)
         return _digest(study.measurements)
 
+    def read(run: Any, name: str) -> str:
+        perform(run)
+        name = "result.json" if name == "run.json" else name
+        return str(run.read_table(name).to_csv() if name.endswith(".csv") else run.read(name))
+
     found: list[Artefact] = []
     for name in ("corpus", "pretrain", "entropy"):
         found += _files(again.inputs[name], Refusing(again))
     found += _files(learned, Refusing(looked))
     for run in (changed, study.evaluate_run(SEED, STEP), study.entities_run(SEED)):
         for path in _paths(run.folder):
-            if run.kind == "intervene":
-
-                def read(run: Any = run, name: str = path.name) -> str:
-                    perform(run)
-                    return str(run.read_table(name) if name.endswith(".csv") else run.read(name))
-
-                if path.suffix in (".csv", ".json"):
-                    whole = path.name == "run.json"
-                    use = (lambda run=run: str(run.read())) if whole else read
-                    found.append(Artefact(_kind(run, path), path, use, run.folder))
-            else:
-                found.append(Artefact(_kind(run, path), path, measure, run.folder))
+            whole = run.kind == "entities" or (path.name == "run.json" and run.kind == "evaluate")
+            use = measure if whole else functools.partial(read, run, path.name)
+            if path.suffix in (".csv", ".json"):
+                found.append(Artefact(_kind(run, path), path, use, run.folder))
     vectors = study.entropy_run(SEED, STEP).folder / "coefficients.safetensors"
     found.append(Artefact("coefficient vectors of a run", vectors, measure, vectors.parent))
     return found
