@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from kelib import metrics
 from kelib.errors import KelibError, listing
+from kelib.schema import LARGEST, read_yaml, shown
 
 STAGES, RESUSCITATION = "last - first stage", "q = 1 - original"
 QUANTITIES = {  # True: about task accuracy, so the margins above chance must hold
@@ -79,7 +79,7 @@ def _text(path: str | Path) -> str:
 
 def _keys(given: object, kind: type, where: str) -> dict:
     if not isinstance(given, dict):
-        raise KelibError(f"{where} is {given!r}, keys with values are needed")
+        raise KelibError(f"{where} is {shown(given)}, keys with values are needed")
     valid = {field.name: field.default is MISSING for field in fields(kind)}
     if unknown := set(given) - set(valid):
         raise KelibError(f"{where} has unknown keys: {listing(unknown)}; valid: {listing(valid)}")
@@ -90,9 +90,10 @@ def _keys(given: object, kind: type, where: str) -> dict:
 
 def _positive(value: object, key: str, where: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < float("inf"):  # type: ignore[operator]
+    if not number or not 0 < value < LARGEST:  # type: ignore[operator]
         raise KelibError(
-            f"{where}: {key} is {value!r}, a number above 0 is needed (write 1.0e-4, not 1e-4)"
+            f"{where}: {key} is {shown(value)}, a number above 0 and below 2**63 is needed (write "
+            "1.0e-4, not 1e-4)"
         )
 
 
@@ -103,25 +104,27 @@ def _claim(given: object, position: int) -> Claim:
     claim = Claim(**{**raw, "conditions": conditions})
     for key in ("id", "statement", "figure", "quantity", "contrast", "unit", "paper_value"):
         if not isinstance(raw[key], str) or not raw[key].strip():
-            raise KelibError(f"{where}: {key} is {raw[key]!r}, text is needed (put it in quotes)")
+            raise KelibError(
+                f"{where}: {key} is {shown(raw[key])}, text is needed (put it in quotes)"
+            )
     for key, valid in {
         "quantity": QUANTITIES,
         "contrast": (STAGES, RESUSCITATION),
         "unit": UNITS,
     }.items():
         if raw[key] not in valid:
-            raise KelibError(f"{where}: {key} is {raw[key]!r}; valid: {listing(valid)}")
+            raise KelibError(f"{where}: {key} is {shown(raw[key])}; valid: {listing(valid)}")
     if type(claim.direction) is not int or claim.direction not in (-1, 1):
-        raise KelibError(f"{where}: direction is {claim.direction!r}; valid: -1, 1")
+        raise KelibError(f"{where}: direction is {shown(claim.direction)}; valid: -1, 1")
     if type(claim.primary) is not bool:
-        raise KelibError(f"{where}: primary is {claim.primary!r}; valid: true, false")
+        raise KelibError(f"{where}: primary is {shown(claim.primary)}; valid: true, false")
     if claim.primary or claim.smallest_effect is not None:
         _positive(claim.smallest_effect, "smallest_effect", where)
     if claim.quantity.endswith("_modified") and claim.contrast == STAGES:
-        raise KelibError(f"{where}: {claim.quantity} needs the contrast {RESUSCITATION!r}")
+        raise KelibError(f"{where}: {claim.quantity} needs the contrast {shown(RESUSCITATION)}")
     if conditions.entropy_falls is not True:
         raise KelibError(
-            f"{where}: entropy_falls is {conditions.entropy_falls!r}, every claim needs true"
+            f"{where}: entropy_falls is {shown(conditions.entropy_falls)}, every claim needs true"
         )
     for key in ("p_pt_margin", "p_cl_margin"):
         if getattr(conditions, key) is not None or QUANTITIES[claim.quantity]:
@@ -131,11 +134,7 @@ def _claim(given: object, position: int) -> Claim:
 
 def load_claims(path: str | Path) -> tuple[Claim, ...]:
     """Read and validate ``claims.yaml``; raises KelibError that names the claim and the key."""
-    try:
-        content = yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise KelibError(f"{path} is not valid YAML ({problem}): repair it") from None
+    content = read_yaml(Path(path))
     entries = content.get("claims") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"claims"}:
         raise KelibError(f"{path} must hold one key, claims, with a list of claims")
@@ -147,7 +146,7 @@ def load_claims(path: str | Path) -> tuple[Claim, ...]:
     for claim in claims:
         if (claim.beside is not None) is claim.primary or claim.beside not in (None, *primary):
             raise KelibError(
-                f"claim {claim.id}: beside is {claim.beside!r}; an exploratory claim names a "
+                f"claim {claim.id}: beside is {shown(claim.beside)}; an exploratory claim names a "
                 f"primary one ({listing(primary)}), a primary claim names none"
             )
     return claims

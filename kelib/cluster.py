@@ -68,6 +68,9 @@ def load_cluster(path: Path | None = None) -> Cluster:
     if not isinstance(values, dict):
         raise KelibError(f"{path.name} must be a mapping, such as {{minutes: 240, memory_gb: 16}}")
     settings: Cluster = build(Cluster, values, "cluster")
+    logs = Path(settings.logs)  # by its name: a folder inside may be a link to another disk
+    inside = not logs.is_absolute() and ".." not in logs.parts
+    require(inside, "cluster.logs", settings.logs, "a folder inside the repository, without '..'")
     return settings
 
 

@@ -25,6 +25,7 @@ from kelib.schema import (
     field_names,
     read_yaml,
     require,
+    require_name,
     unique,
 )
 from kelib.sections import (
@@ -119,6 +120,7 @@ class Profile:
     figures: tuple[str, ...] = ()  # what make figures draws; none: all that the sections allow
 
     def __post_init__(self) -> None:
+        require_name("profile", self.profile)
         at_least(self, workers=1)
         require(
             self.executor in EXECUTORS, "executor", self.executor, f"one of {listing(EXECUTORS)}"
@@ -216,7 +218,9 @@ def profiles(folder: Path | None = None) -> list[str]:
     return sorted(
         path.stem
         for path in folder.glob("*.yaml")
-        if any(line.startswith("profile:") for line in path.read_text("utf-8").splitlines())
+        if any(
+            line.startswith("profile:") for line in path.read_text("utf-8", "replace").splitlines()
+        )
     )
 
 

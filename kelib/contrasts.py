@@ -19,7 +19,7 @@ from kelib import metrics
 from kelib.config import Profile, repository_root
 from kelib.errors import KelibError, listing
 from kelib.results import Tables
-from kelib.schema import build, read_yaml, require
+from kelib.schema import convert, read_yaml, require
 
 STAGES = ("first", "last")
 RATES = ("peak", "arms", "lower")
@@ -68,7 +68,7 @@ def load_contrasts(path: Path) -> tuple[Contrast, ...]:
     content = read_yaml(path)
     if not isinstance(content, Mapping) or set(content) != {"contrasts"}:
         raise KelibError(f"{path.name} must hold one key, contrasts, with a list of contrasts")
-    found = tuple(build(Contrast, given, "contrast") for given in content["contrasts"])
+    found = convert(tuple[Contrast, ...], content["contrasts"], "contrasts")
     names = [contrast.id for contrast in found]
     require(len(set(names)) == len(names), "contrast.id", names, "a list of distinct names")
     return found

@@ -154,7 +154,7 @@ def _read_file(path: Path) -> Any:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except OSError as error:
         raise KelibError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets too deep
         raise KelibError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
 
 

@@ -31,7 +31,7 @@ def finished_runs(study: Study | PublishedStudy) -> list[dict[str, Any]]:
 def _note(path: Path) -> dict[str, Any]:
     try:
         return unsealed(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise KelibError(
             f"{path} is not what the run wrote ({error}); delete {path.parent} and run again"
         ) from error

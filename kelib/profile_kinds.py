@@ -20,7 +20,9 @@ def profiles_of_kind(key: str) -> list[str]:
     return sorted(
         path.stem
         for path in (repository_root() / "notebooks" / "params").glob("*.yaml")
-        if any(line.startswith(f"{key}:") for line in path.read_text("utf-8").splitlines())
+        if any(
+            line.startswith(f"{key}:") for line in path.read_text("utf-8", "replace").splitlines()
+        )
     )
 
 

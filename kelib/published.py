@@ -30,7 +30,7 @@ from kelib.profile_kinds import load_kind, profile_from_values, profiles_of_kind
 from kelib.results import Tables, open_tables
 from kelib.run import Run
 from kelib.runs import execute
-from kelib.schema import digest, require
+from kelib.schema import digest, require, require_name
 from kelib.tables import library_digest, provenance, read_table, write_table
 
 DEFINITIONS = ("absolute", "relu", "contribution")  # of kelib.accumulation, which imports torch
@@ -68,6 +68,7 @@ class PublishedProfile:
     executor: str = "local"  # or slurm: jobs of a cluster, with notebooks/params/cluster.yaml
 
     def __post_init__(self) -> None:
+        require_name("published", self.published)
         require(
             self.executor in EXECUTORS, "executor", self.executor, f"one of {listing(EXECUTORS)}"
         )

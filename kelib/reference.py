@@ -10,6 +10,7 @@ from kelib.config import repository_root
 from kelib.errors import KelibError, listing
 from kelib.readme import refresh_readme
 from kelib.results import Tables, open_tables, promote_files, read_figure_note
+from kelib.schema import require_name
 from kelib.tables import check_vectors, read_provenance, read_table, write_atomically
 
 SEARCH, BENCH = "search", "bench"
@@ -25,6 +26,7 @@ def promote(name: str) -> None:
     anew. Raises KelibError if nothing was measured or drawn, if a table was changed after it was
     written, or if a figure was drawn from other tables.
     """
+    require_name("profile", name)
     root = repository_root()
     measured, drawn = root / "data" / "measurements" / name, root / "figures" / name
     tables = sorted(path.stem for path in measured.glob("*.csv"))

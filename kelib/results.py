@@ -17,6 +17,7 @@ import pandas as pd
 
 from kelib.config import Profile, profile_from, repository_root
 from kelib.errors import KelibError, listing
+from kelib.schema import require_name
 from kelib.seals import sealed, unsealed
 from kelib.tables import provenance, read_provenance, read_table, write_atomically
 from kelib.temporary import temporary_beside
@@ -71,6 +72,7 @@ def open_tables(name: str, source: str = "reference") -> Tables:
     Figures drawn from fresh measurements go to ``figures/<name>``; figures drawn from the
     reference go to a temporary folder, for ``make reference`` alone writes the committed ones.
     """
+    require_name("profile", name)
     if source not in SOURCES:
         raise KelibError(f"source = {source!r} must be one of {listing(SOURCES)}")
     root = repository_root()
@@ -82,12 +84,23 @@ def open_tables(name: str, source: str = "reference") -> Tables:
             f"no measurements of profile {name!r} in {SOURCES[source]}; it has "
             f"{listing(there)}; run make figures PROFILE={name}"
         )
-    note = read_provenance(first)
     if source == "reference":
-        output = Path(tempfile.mkdtemp(prefix="kelib-figures-"))
-    else:
-        output = root / "figures" / name
-    return Tables(name, tuple(note["seeds"]), note["parameters"], folder, output)
+        return tables_in(name, first, Path(tempfile.mkdtemp(prefix="kelib-figures-")))
+    return tables_in(name, first, root / "figures" / name)
+
+
+def tables_in(name: str, first: Path, output: Path) -> Tables:
+    """The tables beside ``first``, whose provenance says seeds and parameters; figures drawn from
+    them go to ``output``. Raises KelibError for a provenance without these.
+    """
+    note = read_provenance(first)
+    seeds, parameters = note.get("seeds"), note.get("parameters")
+    if not isinstance(seeds, list) or not isinstance(parameters, dict):
+        raise KelibError(
+            f"{first.with_suffix('.json')} must hold a list of seeds and a mapping of parameters, "
+            f"it holds {listing(note)}; run its stage again"
+        )
+    return Tables(name, tuple(seeds), parameters, first.parent, output)
 
 
 def save_figure(
@@ -100,6 +113,7 @@ def save_figure(
     complete set. Profile, seeds and digest are stamped into the corner of the figure. Returns the
     provenance.
     """
+    require_name("figure", name)
     results.output.mkdir(parents=True, exist_ok=True)
     note = provenance(results.parameters, list(results.seeds), results.inputs(inputs))
     stamp = f"{results.label} · {note['digest']}"
@@ -119,6 +133,7 @@ def save_table(
     name: str, table: pd.DataFrame, results: Tables, inputs: list[str], **extra: Any
 ) -> None:
     """Write a table of the paper: ``name``.csv and .json (provenance) into ``results.output``."""
+    require_name("table", name)
     note = provenance(results.parameters, list(results.seeds), results.inputs(inputs))
     _write_numbers(table, results.output / f"{name}.csv", {**note, **extra, "table": name})
 
@@ -141,15 +156,15 @@ def read_figure_note(path: Path) -> dict[str, Any]:
     try:
         note = unsealed(json.loads(path.read_text("utf-8")))
         found = hashlib.sha256(path.with_suffix(".csv").read_bytes()).hexdigest()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         what = getattr(error, "filename", None) or path
         raise KelibError(
             f"{what} cannot be read ({getattr(error, 'strerror', None) or error}); {again}"
         ) from error
-    if note.get("sha256", found) != found:
+    if (wanted := str(note.get("sha256", found))) != found:
         raise KelibError(
             f"{path.with_suffix('.csv')} has sha256 {found[:12]}, its .json says "
-            f"{note['sha256'][:12]}: it was changed after it was drawn; {again}"
+            f"{wanted[:12]}: it was changed after it was drawn; {again}"
         )
     return note
 

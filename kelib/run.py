@@ -81,7 +81,7 @@ class Run:
             if note["digest"] != self.digest:
                 raise ValueError(f"it is that of run {note['digest']}")
             return note
-        except (OSError, LookupError, ValueError, TypeError) as error:
+        except (OSError, LookupError, ValueError, TypeError, RecursionError) as error:
             raise KelibError(
                 f"{path} is not what the run wrote ({error}); delete {self.folder} and run again"
             ) from error

@@ -7,6 +7,9 @@ import difflib
 import hashlib
 import json
 import math
+import re
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -30,10 +33,38 @@ def digest(value: Any, length: int = 12) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it: its repr, without the middle of what is long or nested.
+
+    >>> shown([1, "two"])
+    "[1, 'two']"
+    """
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # more digits than Python writes
+        return f"a number or list of numbers of more digits than {sys.get_int_max_str_digits()}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 4, 200, 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = _REPR.maxfrozenset = 20
+LARGEST = 2**63 - 1  # more is never meant, and no array can hold it
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
 def require(holds: bool, name: str, value: object, constraint: str) -> None:
     """Raise KelibError with name, value and constraint unless it ``holds``."""
     if not holds:
-        raise KelibError(f"{name} = {value!r} must be {constraint}")
+        raise KelibError(f"{name} = {shown(value)} must be {constraint}")
+
+
+def require_name(key: str, value: str) -> None:
+    """Require a name that may become that of a file or folder: it leads nowhere else.
+
+    Raises KelibError for one with a slash, one that begins with a point, an empty one.
+    """
+    allowed = "letters, digits and . _ + -, the first a letter or digit: it names a folder"
+    require(_NAME.fullmatch(value) is not None, key, value, allowed)
 
 
 def _where(instance: object, name: str) -> str:
@@ -80,34 +111,36 @@ def convert(kind: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise KelibError(
-                f"{name} = {value!r} must be a mapping with {listing(field_names(kind))}"
+                f"{name} = {shown(value)} must be a mapping with {listing(field_names(kind))}"
             )
         return build(kind, value, name)
     origin = typing.get_origin(kind)
     if origin is tuple:
         arguments = typing.get_args(kind)
         if not isinstance(value, (list, tuple)):
-            raise KelibError(f"{name} = {value!r} must be a list, such as [1, 2]")
+            raise KelibError(f"{name} = {shown(value)} must be a list, such as [1, 2]")
         if arguments[-1] is Ellipsis:
             return tuple(convert(arguments[0], v, f"{name}[{i}]") for i, v in enumerate(value))
         if len(value) != len(arguments):
-            raise KelibError(f"{name} = {value!r} must have {len(arguments)} values")
+            raise KelibError(f"{name} = {shown(value)} must have {len(arguments)} values")
         return tuple(convert(a, v, name) for a, v in zip(arguments, value, strict=True))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise KelibError(f"{name} = {value!r} must be a mapping, such as {{a: 1}}")
+            raise KelibError(f"{name} = {shown(value)} must be a mapping, such as {{a: 1}}")
         return dict(value)
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
         return convert(next(a for a in typing.get_args(kind) if a is not type(None)), value, name)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise KelibError(f"{name} = {shown(value)} must be of at most 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         hint = ""
         if kind is float and isinstance(value, str):
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
-        raise KelibError(f"{name} = {value!r} must be of type {kind.__name__}, finite{hint}")
+        raise KelibError(f"{name} = {shown(value)} must be of type {kind.__name__}, finite{hint}")
     return value
 
 
@@ -137,12 +170,16 @@ def build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     return kind(**built)
 
 
+# beside its own: no such date, too many digits, brackets too deep
+_NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError)
+
+
 def read_yaml(path: Path) -> Any:
     """Parse YAML safely; a syntax error becomes one line with its place."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except _NOT_YAML as error:
+        reason = " ".join(str(error).split())[:400]
         raise KelibError(
             f"{path.name} is not valid YAML: {reason}; correct it, or restore the file"
         ) from error

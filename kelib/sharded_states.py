@@ -18,12 +18,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from kelib.checkpoints import step_folder
 from kelib.errors import KelibError
 from kelib.launching import agreed
 from kelib.processes import Processes
 
+# what an index of shares is made of
+_OF_INDEX = {
+    *(("torch", "Size"), ("torch.serialization", "_get_layout")),
+    *(("torch.distributed.checkpoint.filesystem", n) for n in ("_StorageInfo", "_StoragePrefix")),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+            *("TensorProperties", "TensorStorageMetadata", "ChunkStorageMetadata"),
+            "BytesStorageMetadata",
+        )
+    ),
+}
 NOTES = "progress.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # what reading a file that was cut or changed can raise
@@ -95,7 +109,7 @@ def load_state(trainer: Any, folder: Path) -> dict[str, Any] | None:
         return None
     state, written = found
     try:
-        reader = dcp.FileSystemReader(state)
+        reader = _Reader(state)
         stored = agreed(processes, lambda: set(reader.read_metadata().state_dict_metadata))
         _make_moments(trainer, stored)
         with _quiet():
@@ -119,6 +133,30 @@ def whole_weights(model: Any) -> dict[str, Any]:
     weights = get_model_state_dict(model, options=options)
     first = not dist.is_initialized() or dist.get_rank() == 0
     return dict(weights) if first else {}
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, whose index of the shares is a pickle: of that no more than the index is
+    made, so that a planted file runs nothing. The shares themselves are read as weights only.
+    """
+
+    def read_metadata(self, *_: Any, **options: Any) -> Any:
+        with Path(self._get_metadata_path(options.get("rank"))).open("rb") as file:
+            found = _Index(file).load()
+        if not isinstance(found, Metadata):
+            raise ValueError(f".metadata holds a {type(found).__name__}")
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _OF_INDEX or (module.split(".")[0], name) == ("pathlib", "PosixPath"):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is no part of it")
 
 
 def _states(folder: Path) -> list[Path]:

@@ -22,6 +22,9 @@ from kelib.config import digest, repository_root
 from kelib.errors import KelibError, listing
 from kelib.temporary import temporary_beside
 
+# not there; not JSON, or not a mapping; brackets too deep
+_NOT_A_NOTE = (OSError, ValueError, TypeError, RecursionError)
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` to a temporary name beside ``path``, then rename. KelibError if it fails."""
@@ -70,20 +73,24 @@ def read_table(path: Path) -> pd.DataFrame:
             f"{path} has sha256 {_sha256(content)[:12]}, its .json says {expected[:12]}: it was "
             "changed after it was written; run its stage again"
         )
-    return pd.read_csv(path)
+    try:
+        return pd.read_csv(path)
+    except (ValueError, OverflowError) as error:  # no columns, rows of other lengths, no UTF-8
+        reason = " ".join(str(error).split())[:200]
+        raise KelibError(f"{path} is no table ({reason}); run its stage again") from error
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """The JSON beside a table."""
     try:
         note = seals.unsealed(json.loads(path.with_suffix(".json").read_text()))
-        if "sha256" not in note:
+        if not isinstance(note.get("sha256"), str):
             raise ValueError("it has no sha256")
         return note
-    except (OSError, ValueError, TypeError) as error:  # not JSON, or not a mapping
+    except _NOT_A_NOTE as error:
+        reason = str(getattr(error, "strerror", None) or error)[:200]
         raise KelibError(
-            f"no readable provenance {path.with_suffix('.json')}; run its stage again "
-            f"({getattr(error, 'strerror', None) or error})"
+            f"no readable provenance {path.with_suffix('.json')}; run its stage again ({reason})"
         ) from error
 
 

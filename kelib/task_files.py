@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from kelib.errors import KelibError, listing
+from kelib.schema import require_name
 from kelib.tables import write_atomically
 from kelib.world import Question
 
@@ -172,7 +173,7 @@ def read_items(task: str, data: Path) -> list[dict[str, Any]]:
     for where, item in _objects(path):
         if not isinstance(item, dict):
             raise KelibError(
-                f"{path}, {where}: holds {item!r}, must be an object; correct the file"
+                f"{path}, {where}: holds {_short(item)}, must be an object; correct the file"
             )
         for field, (constraint, holds) in fields.items():
             if field not in item:
@@ -205,7 +206,7 @@ def _objects(path: Path) -> Iterable[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise KelibError(f"cannot read {path}: {error}; replace the file") from error
+        raise KelibError(f"cannot read {path}: {_short(error)}; replace the file") from error
     if text.lstrip().startswith("["):
         parsed = _parse(text, path, "as a whole")
         yield from ((f"item {number}", item) for number, item in enumerate(parsed, start=1))
@@ -218,7 +219,7 @@ def _objects(path: Path) -> Iterable[tuple[str, Any]]:
 def _parse(text: str, path: Path, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, too many digits, brackets too deep
         raise KelibError(
             f"{path}, {where}: not JSON ({error}); the file must hold one object a line, or a list"
         ) from error
@@ -253,6 +254,8 @@ def export_questions(
         )
     if taken := [task for task in by_task if task in PUBLIC_TASKS]:
         raise KelibError(f"task {taken[0]!r} is the name of a public task; rename it")
+    for task in by_task:
+        require_name("task", task)
     written = {}
     for task, asked in by_task.items():
         items = Path(data).resolve() / task / f"{OWN_SPLIT}.jsonl"

@@ -121,7 +121,7 @@ def test_bad_claims_files_are_refused(tmp_path: Path) -> None:
         load(tmp_path, entry(), alpha=0.05)
     with pytest.raises(KelibError, match="claim 1 is 'text', keys with values are needed"):
         load(tmp_path, "text")
-    with pytest.raises(KelibError, match=r"nowhere.yaml \(No such file or directory\)"):
+    with pytest.raises(KelibError, match=r"nowhere.yaml: No such file or directory"):
         claims.load_claims(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("claims: [")
     with pytest.raises(KelibError, match="is not valid YAML"):
