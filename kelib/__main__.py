@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kelib.errors import KelibError
+from kelib.redaction import hide_in_logs
 
 
 def _notebook(arguments: argparse.Namespace) -> None:
@@ -261,6 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_verify(one)
     one.set_defaults(do=_verify)
     chosen = parser.parse_args(arguments)
+    hide_in_logs()
     try:
         return chosen.do(chosen) or 0
     except KelibError as error:

@@ -1,13 +1,19 @@
 """The one error class that a user is meant to read."""
 
+from kelib.redaction import hidden
+
 
 class KelibError(ValueError):
     """Something the user can put right: the message states the value, the constraint and the
     remedy.
 
     Everything kelib refuses on purpose is raised as this class, so that the command line can
-    print one line and stop, while a genuine defect still shows its traceback.
+    print one line and stop, while a genuine defect still shows its traceback. Secrets in the
+    message are hidden (:mod:`kelib.redaction`).
     """
+
+    def __init__(self, *message: object) -> None:
+        super().__init__(*(hidden(part) if isinstance(part, str) else part for part in message))
 
 
 def listing(names: object, limit: int = 12) -> str:

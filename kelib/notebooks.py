@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kelib.errors import KelibError, listing
+from kelib.redaction import hidden
 from kelib.temporary import temporary_beside
 
 
@@ -52,13 +53,22 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
             extra_arguments=["--IPKernelApp.log_level=50"],  # no word about transports
         )
     except PapermillExecutionError as error:
+        _hide_secrets(temporary)
         temporary.replace(failed)
         reason = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}")
         raise KelibError(f"{notebook.name} failed: {reason}\nthe failed copy: {failed}") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _hide_secrets(temporary)
     temporary.replace(output)
+
+
+def _hide_secrets(notebook: Path) -> None:
+    """What cells printed of tokens, and of credentials in the addresses of errors."""
+    written = notebook.read_text("utf-8")
+    if (shown := hidden(written)) != written:
+        notebook.write_text(shown, "utf-8")
 
 
 class _Terminal:

@@ -9,6 +9,7 @@ from pathlib import Path
 from kelib.config import repository_root
 from kelib.errors import KelibError, listing
 from kelib.readme import refresh_readme
+from kelib.redaction import hidden
 from kelib.results import Tables, open_tables, promote_files, read_figure_note
 from kelib.schema import require_name
 from kelib.tables import check_vectors, read_provenance, read_table, write_atomically
@@ -126,7 +127,7 @@ def execute_in_place(notebook: Path) -> None:
     for cell in content.cells:  # timings and machine-dependent notes would change at each run
         cell.metadata.pop("execution", None)
     content.metadata["language_info"] = {"name": "python"}
-    write_atomically(notebook, nbformat.writes(content) + "\n")
+    write_atomically(notebook, hidden(nbformat.writes(content)) + "\n")
 
 
 def execute_all(root: Path) -> None:

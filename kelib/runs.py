@@ -21,6 +21,7 @@ from kelib.code_table import code_digest
 from kelib.config import EXECUTORS
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
+from kelib.redaction import hidden
 from kelib.run import Run, is_locked, locked
 from kelib.versions import versions
 
@@ -117,7 +118,7 @@ def attempt(run: Run, work: Callable[[Run], float] = perform) -> tuple[float, st
     except KelibError as error:
         reason = str(error)
     except Exception:
-        reason = traceback.format_exc()
+        reason = hidden(traceback.format_exc())
     note_failure(run, reason)
     return 0.0, reason
 

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 
 from kelib.errors import KelibError, listing
 from kelib.progress import Progress
+from kelib.redaction import hide_in_logs
 from kelib.run import Run, writer
 from kelib.runs import KEEP_MEMORY, Attempts, attempt, note_failure, read_progress
 
@@ -38,6 +39,7 @@ def prepare_process(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    hide_in_logs()
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

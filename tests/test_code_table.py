@@ -31,6 +31,7 @@ LEFT_OUT = {
     "jobs",
     "metrics",
     "recipes",
+    "redaction",
     "schema",
     "seals",
     "sections",

@@ -1,0 +1,135 @@
+"""Tokens and credentials are in nothing that is written or said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from kelib.config import repository_root
+from kelib.errors import KelibError
+from kelib.notebooks import run_notebook
+from kelib.redaction import hidden
+from kelib.run import Run
+from kelib.runs import attempt
+
+ROOT = repository_root()
+SECRETS = {
+    "HF_TOKEN": "hf_" + "Kq7wLrZt" * 4,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "Zz9mQaYc" * 4,
+    "AWS_ACCESS_KEY_ID": "AKIA" + "J4QW7RTZ" * 2,
+    "AWS_SECRET_ACCESS_KEY": "pG9xWm/3kTq+Vb7" * 2,
+    "MY_API_KEY": "plain-words-of-a-key",
+    "HF_ENDPOINT": "http://reader:wordofhub@127.0.0.1:9",
+    "PIP_INDEX_URL": "http://reader:wordofpip@127.0.0.1:9/simple",
+}
+WORDS = [*list(SECRETS.values())[:5], "wordofhub", "wordofpip"]
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+
+
+def leaked(*texts: str) -> list[str]:
+    return [word for word in WORDS for text in texts if word in text]
+
+
+def written(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.name: path.read_bytes().decode("latin-1") for path in files}
+
+
+def notebook(path: Path, *cells: str) -> Path:
+    parameters = nbformat.v4.new_code_cell("number = 1", metadata={"tags": ["parameters"]})
+    code = [parameters, *map(nbformat.v4.new_code_cell, cells)]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+TELL = "import os\nfor name in {names}: print('it is', os.environ[name])"
+
+
+def test_the_search_would_find_them(planted, tmp_path):
+    (tmp_path / "log").write_text("token " + SECRETS["HF_TOKEN"])
+    assert leaked(*written(tmp_path).values()) == [SECRETS["HF_TOKEN"]]
+
+
+def test_a_notebook_that_prints_them_is_kept_without(planted, tmp_path, capsys):
+    given, failing = tmp_path / "given.ipynb", tmp_path / "failing.ipynb"
+    tell = TELL.format(names=sorted(SECRETS))
+    run_notebook(notebook(given, tell), tmp_path / "out.ipynb", {"number": 2})
+    assert "it is <hidden>" in (tmp_path / "out.ipynb").read_text()
+    cell = tell + "\nraise OSError(f\"no answer from {os.environ['HF_ENDPOINT']}/api\")"
+    with pytest.raises(KelibError, match=r"no answer from http://<hidden>@127.0.0.1:9/api") as said:
+        run_notebook(notebook(failing, cell), tmp_path / "other.ipynb", {})
+    assert "OSError" in (tmp_path / "other.failed.ipynb").read_text()
+    nbformat.read(tmp_path / "other.failed.ipynb", as_version=4)  # still a notebook
+    shown = capsys.readouterr()
+    assert leaked(*written(tmp_path).values(), str(said.value), shown.out, shown.err) == []
+
+
+@pytest.mark.parametrize("error", [OSError, KelibError, RuntimeError])
+def test_what_a_failed_run_leaves_names_none(planted, tmp_path, error):
+    def work(run: Run) -> float:
+        run.partial.mkdir(parents=True)
+        raise error(f"{SECRETS['HF_ENDPOINT']} refuses {SECRETS['HF_TOKEN']}, {' '.join(WORDS)}")
+
+    run = Run("corpus", tmp_path, {})
+    _, reason = attempt(run, work)
+    assert "refuses <hidden>" in reason
+    left = (run.partial / "error.txt").read_text()
+    assert left == reason and leaked(reason) == []
+
+
+COMMANDS = """
+import logging, os, sys
+from pathlib import Path
+import pandas as pd
+from kelib import sources
+from kelib.__main__ import main
+from kelib.errors import KelibError
+from kelib.tables import provenance, write_table
+try:
+    sources.fetch(sources.manifest()["news"], Path("text"))
+except KelibError as error:
+    print(error)
+assert main(["audit", "pythia-14m", "--lock", "lock.yaml", "--folder", "audited"]) == 1
+client = logging.getLogger("huggingface_hub.utils")  # as it does before it tries again
+client.warning("'%s' thrown while requesting HEAD %s", "refused", os.environ["HF_ENDPOINT"])
+write_table(pd.DataFrame({"a": [1.5]}), Path("there/x.csv"), provenance({}, [1], {}))
+"""
+
+
+def test_commands_say_and_write_none(planted, tmp_path):
+    """Text and a model that cannot be fetched, through addresses with credentials."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PIP_RETRIES": "0", "HF_HUB_OFFLINE": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip could not fetch" in done.stdout and "the model hub cannot be reached" in done.stderr
+    assert "requesting HEAD http://<hidden>@127.0.0.1" in done.stderr
+    assert json.loads((tmp_path / "there" / "x.json").read_text())["versions"]["python"]
+    assert leaked(*written(tmp_path).values(), done.stdout, done.stderr) == []
+
+
+def test_words_that_are_no_secret_stay(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-and-long")
+    monkeypatch.setenv("A_KEY", "short")
+    monkeypatch.setenv("PWD", "/home/reader/kelib")
+    text = "false-and-long short /home/reader/kelib https://host/a@b hf_1 mail me@host.org"
+    assert hidden(text) == text
