@@ -28,7 +28,7 @@ ifneq ($(ENV_HOME),$(CURDIR))
 $(ENV_STAMP): env-stale
 endif
 
-.PHONY: env env-stale lock
+.PHONY: env env-stale lock advisories
 env: $(READY) ## set up the environment and nothing else
 env-stale:
 
@@ -97,6 +97,13 @@ LOCK_FLAGS ?=
 # Parts of torch's CUDA build, for one platform only: left to torch's own metadata.
 LOCK_EXCLUDES := cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 \
 	nvidia-nccl-cu13 nvidia-nvshmem-cu13 triton
+# In an environment of its own, thrown away afterwards. A package that could not be looked up is a
+# failure: without that, a registry that knows no advisories would pass for good news.
+advisories: ## published vulnerabilities of the locked packages (needs a network)
+	@set -eu; place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; $(PYTHON) -m venv "$$place"; \
+	"$$place/bin/python" -m pip install --quiet pip-audit; \
+	"$$place/bin/python" -m pip_audit --strict --no-deps --disable-pip -r requirements.lock
+
 lock: ## write requirements.lock anew from pyproject.toml (needs uv)
 	@set -eu; trap 'rm -f .venv.lock.part .venv.excludes.part' EXIT; \
 	printf '%s\n' $(LOCK_EXCLUDES) > .venv.excludes.part; \
