@@ -126,7 +126,10 @@ def test_rates_come_from_the_profile():
             "side.stage = 'middle' must be one of",
         ),
         ("value: {table: runs, column: k_cl, rate: high}", "side.rate = 'high' must be one of"),
-        ("value: {table: runs, colum: k_cl}", r"unknown key contrasts\[0\].value.colum: did you mean"),
+        (
+            "value: {table: runs, colum: k_cl}",
+            r"unknown key contrasts\[0\].value.colum: did you mean",
+        ),
         (
             "value: {table: runs, column: k_cl, where: 3}",
             r"contrasts\[0\].value.where = 3 must be a mapping",

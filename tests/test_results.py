@@ -17,7 +17,14 @@ from matplotlib import pyplot as plt
 from kelib import plots, results
 from kelib.config import load_profile
 from kelib.errors import KelibError
-from kelib.results import Tables, open_tables, promote_files, read_figure_note, save_figure, save_table
+from kelib.results import (
+    Tables,
+    open_tables,
+    promote_files,
+    read_figure_note,
+    save_figure,
+    save_table,
+)
 from kelib.tables import provenance, read_provenance, write_table
 
 ENTROPY = pd.DataFrame({"seed": [100, 101], "step": 10, "entropy_nats": [2.0, 1 / 3]})

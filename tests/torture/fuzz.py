@@ -141,7 +141,8 @@ def strategies(reader: Reader) -> dict[str, st.SearchStrategy[Any]]:
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for every reader and strategy; ``options.examples`` of each."""
+    """A row for every reader and strategy; ``options.examples`` of each, 10,000 unless given."""
+    examples = getattr(options, "examples", None) or EXAMPLES
     memory = Path("/dev/shm")  # thousands of files are written, on a disk each takes its time
     place = memory if os.access(memory, os.W_OK) else options.folder
     with tempfile.TemporaryDirectory(prefix="kelib-fuzz-", dir=place) as folder:
@@ -149,7 +150,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if options.only and not any(word in reader.name for word in options.only):
                 continue
             for name, strategy in strategies(reader).items():
-                tried, wrong = fuzz(reader.read, strategy, options.examples, options.seed)
+                tried, wrong = fuzz(reader.read, strategy, examples, options.seed)
                 yield {
                     "case": f"{reader.name}: {name}",
                     "tried": tried,
