@@ -5,6 +5,7 @@ trajectory of checkpoints. No torch.
 from __future__ import annotations
 
 import shutil
+from typing import TYPE_CHECKING
 
 from kelib import hub_sources, sources
 from kelib.config import load_profile, repository_root
@@ -13,8 +14,10 @@ from kelib.run import Run
 from kelib.runs import count_states, execute
 from kelib.study import Study
 from kelib.study import clean as clean_study
-from kelib.trajectory import Trajectory, open_trajectory
 from kelib.trajectory_profile import trajectory_profiles
+
+if TYPE_CHECKING:  # its statistics take half a second to import, which other kinds need not wait
+    from kelib.trajectory import Trajectory
 
 
 def open_profile(name: str) -> Study | PublishedStudy | Trajectory:
@@ -22,12 +25,16 @@ def open_profile(name: str) -> Study | PublishedStudy | Trajectory:
     KelibError for an unknown name.
     """
     if name in trajectory_profiles():
-        return open_trajectory(name)
+        return _open_trajectory(name)
     if name in published_profiles():
         return open_published(name)
-    from kelib import stages  # seconds, for its statistics, that the other kinds need not wait
+    return Study(load_profile(name), repository_root() / "data")
 
-    return stages.open_study(name)
+
+def _open_trajectory(name: str) -> Trajectory:
+    from kelib.trajectory import open_trajectory
+
+    return open_trajectory(name)
 
 
 def summary(name: str) -> str:
@@ -35,7 +42,7 @@ def summary(name: str) -> str:
     and for a model or text of the reader's that is not there.
     """
     if name in trajectory_profiles():
-        trajectory = open_trajectory(name).profile
+        trajectory = _open_trajectory(name).profile
         return _of_model(name, trajectory.digest, trajectory.model.source)
     if name in published_profiles():
         study = open_published(name)
@@ -55,7 +62,7 @@ def fetch_data(name: str) -> None:
     """
     names: tuple[str, ...]
     if name in trajectory_profiles():
-        chosen = open_trajectory(name).profile  # checkpoints come while they are measured
+        chosen = _open_trajectory(name).profile  # checkpoints come while they are measured
         names = (*chosen.data, *((chosen.learning.text,) if chosen.learning else ()))
     elif name in published_profiles():
         published = open_published(name)
@@ -80,13 +87,13 @@ def print_states(name: str) -> None:
     """Print by stage how many runs of a profile are done, running, failed, missing."""
     from kelib.grid import STAGES, entropy_so_far, stage_runs
 
-    study = open_profile(name)
     grids: dict[int, list[Run]]
-    if isinstance(study, Trajectory):
-        grids = {8: [run for group in study.runs_by_revision().values() for run in group]}
-    elif isinstance(study, PublishedStudy):
+    if name in trajectory_profiles():
+        along = _open_trajectory(name).runs_by_revision()
+        grids = {8: [run for group in along.values() for run in group]}
+    elif isinstance(study := open_profile(name), PublishedStudy):
         grids = {5: [study.model_run(), *study.runs(), *study.question_runs()]}
-    else:
+    elif isinstance(study, Study):
         grids = stage_runs(study, entropy_so_far(study))
         if 3 not in grids:
             print("3 continual: known when stage 2 is done")

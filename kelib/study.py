@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterable
@@ -27,17 +28,37 @@ class Study:
     profile: Profile
     data: Path
 
-    @property
+    @functools.cached_property
     def measurements(self) -> Path:
         return self.data / "measurements" / self.profile.profile
 
-    def _home(self, kind: str) -> Path:
+    @functools.cached_property
+    def _runs(self) -> dict[tuple[Any, ...], Run]:
+        """Runs that thousands of others rest on, each made once."""
+        return {}
+
+    @functools.cached_property
+    def _corpus_settings(self) -> dict[str, Any]:
+        return _plain(self.profile.corpus)
+
+    @functools.cached_property
+    def _homes(self) -> dict[str, Path]:
         name = self.profile.profile
         weights = self.data / "checkpoints" / name
-        top = {"corpus": self.data / "corpus" / name, "pretrain": weights, "branch": weights}
-        return top.get(kind, self.measurements / kind)
+        return {"corpus": self.data / "corpus" / name, "pretrain": weights, "branch": weights}
+
+    def _home(self, kind: str) -> Path:
+        if kind not in self._homes:
+            self._homes[kind] = self.measurements / kind
+        return self._homes[kind]
 
     def corpus_run(self, seed: int) -> Run:
+        """The packed text of a seed."""
+        if ("corpus", seed) not in self._runs:
+            self._runs["corpus", seed] = self._corpus_run(seed)
+        return self._runs["corpus", seed]
+
+    def _corpus_run(self, seed: int) -> Run:
         p = self.profile
         read = p.pretraining.steps * p.pretraining.batch_size
         facts = round(read * p.corpus.facts_share)
@@ -46,7 +67,7 @@ class Study:
             "general": read - facts,
             "domain": p.corpus.domain_sequences,
         }
-        settings = {"corpus": _plain(p.corpus), "seed": seed, "wanted": wanted}
+        settings = {"corpus": self._corpus_settings, "seed": seed, "wanted": wanted}
         sources = {"sources": self.data / "sources"}
         texts = text_runs((*p.corpus.general, *p.corpus.domain), self.data)
         return Run("corpus", self._home("corpus"), settings, texts, sources)
@@ -59,6 +80,11 @@ class Study:
 
     def pretrain_run(self, seed: int, model: str = "") -> Run:
         """Pretraining of ``model`` (one of :attr:`models`, by default the study's own)."""
+        if (key := ("pretrain", seed, model)) not in self._runs:
+            self._runs[key] = self._pretrain_run(seed, model)
+        return self._runs[key]
+
+    def _pretrain_run(self, seed: int, model: str) -> Run:
         p, corpus = self.profile, self.corpus_run(seed)
         shape = p.model if model in ("", p.model.model_type) else p.comparison
         if shape is None or model not in ("", shape.model_type):
@@ -101,7 +127,7 @@ class Study:
 
     def evaluate_run(self, seed: int, step: int, branch: Run | None = None) -> Run:
         """Probes, questions and losses of one checkpoint."""
-        more = {"corpus": _plain(self.profile.corpus)}
+        more = {"corpus": self._corpus_settings}
         return self.from_checkpoint("evaluate", seed, step, more, branch=branch)
 
     def measure_runs(self) -> list[Run]:
@@ -119,7 +145,7 @@ class Study:
         settings = {
             "seed": seed,
             "steps": self.near_stages(),
-            "corpus": _plain(self.profile.corpus),
+            "corpus": self._corpus_settings,
             "pretrain": pretrain.settings["digest"],
         }
         made = {"corpus": corpus, "pretrain": pretrain}
@@ -131,6 +157,10 @@ class Study:
 
     def near_stages(self) -> list[int]:
         """Steps of the checkpoints nearest to the shares of ``continual.stages``, in order."""
+        return list(self._near)
+
+    @functools.cached_property
+    def _near(self) -> list[int]:
         return self.profile.pretraining.nearest_steps(self.profile.continual.stages)
 
     def continual_run(
@@ -161,7 +191,7 @@ class Study:
         trunk = variant is None and branch is None
         looked_at = trunk and injected and cl_seed in plan.curve_seeds
         more = {
-            "corpus": _plain(self.profile.corpus),
+            "corpus": self._corpus_settings,
             "training": _plain(self.profile.training),
             "continual": {**kept, **lists, "optimizer": _plain(of.optimizer or plan.optimizer)},
             "text": TEXTS[of.text],
@@ -179,7 +209,7 @@ class Study:
 
     def intervene_run(self, seed: int, step: int, intervention: dict[str, Any]) -> Run:
         """What an intervention alone does to a checkpoint."""
-        more = {"corpus": _plain(self.profile.corpus), "intervention": intervention}
+        more = {"corpus": self._corpus_settings, "intervention": intervention}
         return self._with_coefficients(self.from_checkpoint("intervene", seed, step, more))
 
     def _with_coefficients(self, run: Run, branch: Run | None = None) -> Run:
