@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kelib.errors import KelibError
+from kelib.errors import KelibError, lacks_memory
 from kelib.redaction import hide_in_logs
 
 
@@ -268,8 +268,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KelibError as error:
         print(f"kelib: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"kelib: {error.filename}: {error.strerror}", file=sys.stderr)
+    except (OSError, MemoryError, ImportError) as error:
+        if lacks_memory(error):
+            print(f"kelib: memory is not enough ({error}); free some, run again", file=sys.stderr)
+        elif isinstance(error, OSError):
+            where = error.filename or "a file"
+            why = f"{error.strerror or error}; free space or choose a place that can be written"
+            print(f"kelib: cannot read or write {where}: {why}", file=sys.stderr)
+        else:
+            raise
         return 1
 
 

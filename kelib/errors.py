@@ -1,5 +1,9 @@
 """The one error class that a user is meant to read."""
 
+from __future__ import annotations
+
+import errno
+
 from kelib.redaction import hidden
 
 
@@ -25,3 +29,31 @@ def listing(names: object, limit: int = 12) -> str:
     ordered = sorted(str(name) for name in names)  # type: ignore[attr-defined]
     shown = ", ".join(ordered[:limit]) or "none"
     return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
+
+
+# what torch, on a CPU or a GPU, the loader of libraries and Python say in other classes of errors
+_NO_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "failed to map segment",
+    "can't start new thread",
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine has no memory left for what was asked.
+
+    >>> lacks_memory(MemoryError()), lacks_memory(RuntimeError("CUDA out of memory."))
+    (True, True)
+    >>> lacks_memory(RuntimeError("shapes do not match"))
+    False
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kelib.errors import KelibError, listing
+from kelib.errors import KelibError, first_line, listing
 from kelib.redaction import hidden
 from kelib.temporary import temporary_beside
 
@@ -57,8 +57,15 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
         temporary.replace(failed)
         reason = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}")
         raise KelibError(f"{notebook.name} failed: {reason}\nthe failed copy: {failed}") from None
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # nbclient has no class of its own for a kernel that does not start
+        if isinstance(error, RuntimeError) and "ernel" in str(error):
+            raise KelibError(
+                f"{notebook.name} stopped, its kernel was ended or could not start "
+                f"({first_line(error)}); most often memory is lacking: free some or lower workers, "
+                "then run again; runs that are finished are kept"
+            ) from error
         raise
     _hide_secrets(temporary)
     temporary.replace(output)

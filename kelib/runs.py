@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from kelib import seals
 from kelib.code_table import code_digest
 from kelib.config import EXECUTORS
-from kelib.errors import KelibError, listing
+from kelib.errors import KelibError, first_line, lacks_memory, listing
 from kelib.progress import Progress
 from kelib.redaction import hidden
 from kelib.run import Run, is_locked, locked
@@ -61,31 +61,45 @@ def perform(run: Run) -> float:
             settings = with_paths({**run.settings}, inputs)
             work(settings, inputs, run.partial, _reporter(run.partial))
             seconds = time.perf_counter() - start
-            note = {
-                "kind": run.kind,
-                "digest": run.digest,
-                "code": code_digest(run.kind),
-                "settings": dict(run.settings),
-                "inputs": {name: made.digest for name, made in run.inputs.items()},
-                "versions": versions(),
-                "seconds": round(seconds, 2),
-                # of this process's threads, whatever else the machine does
-                "cpu_seconds": round(time.process_time() - processor, 2),
-            }
-            (run.partial / "progress").unlink(missing_ok=True)
-            note["files"] = seals.seal(run.partial, besides=("lock",))
-            text = json.dumps(seals.sealed(note), indent=1, sort_keys=True)
-            (run.partial / "run.json").write_text(text)
-            shutil.rmtree(run.folder, ignore_errors=True)  # a folder without run.json is no run
-            run.partial.rename(run.folder)
-            (run.folder / "lock").unlink()
-    except (OSError, SafetensorError) as error:
+            finish(run, seconds, time.process_time() - processor)
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise KelibError(
+                f"memory for {run.kind} {run.digest} is not enough ({first_line(error)}); free "
+                "memory, or lower workers or batch_size, then run again"
+            ) from error
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
         raise KelibError(
             f"cannot read or write {where or run.partial}: {why or error}; free space or choose a "
             "folder that can be written, then run again"
         ) from error
     return time.perf_counter() - start
+
+
+def finish(run: Run, seconds: float, cpu_seconds: float) -> None:
+    """Note and seal what a run left in its folder, and give that its final name.
+
+    ``seconds`` it took, ``cpu_seconds`` of this process's threads, whatever else the machine does.
+    """
+    note = {
+        "kind": run.kind,
+        "digest": run.digest,
+        "code": code_digest(run.kind),
+        "settings": dict(run.settings),
+        "inputs": {name: made.digest for name, made in run.inputs.items()},
+        "versions": versions(),
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
+    }
+    (run.partial / "progress").unlink(missing_ok=True)
+    note["files"] = seals.seal(run.partial, besides=("lock",))
+    text = json.dumps(seals.sealed(note), indent=1, sort_keys=True)
+    (run.partial / "run.json").write_text(text)
+    shutil.rmtree(run.folder, ignore_errors=True)  # a folder without run.json is no run
+    run.partial.rename(run.folder)
+    (run.folder / "lock").unlink(missing_ok=True)
 
 
 def _reporter(folder: Path) -> Any:

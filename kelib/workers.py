@@ -135,8 +135,9 @@ def _broken(waiting: Iterable[Run], children: Iterable[BaseProcess]) -> str:
     if not begun:
         return (
             "the worker processes ended before they began a run (exit codes "
-            f"{listing(codes.values())}); workers import the script that calls kelib, so it must "
-            "do that under if __name__ == '__main__'"
+            f"{listing(codes.values())}): either memory is lacking, so free some or lower workers; "
+            "or the script that calls kelib, which workers import, does not do that under "
+            "if __name__ == '__main__'"
         )
     ends = {code for pid, code in codes.items() if pid in odd} or {-signal.SIGTERM}
     reason = (

@@ -1,65 +1,75 @@
-"""``python -m tests.torture kills --count N``: see :mod:`tests.torture.kills`.
+"""``python -m tests.torture FAULT``: faults on purpose, and whether they were survived.
 
-Rows are appended to ``data/torture/<fault>.csv``, so that the counts of all calls add up; the seed
-of the dice is printed, and taken from the clock unless it is given. The exit status is 1 if a fault
-was not survived.
+Every fault is a module of this package whose ``rows(options)`` yields a row for each case, with
+``case``, ``survived`` (0 or 1) and ``note``. Rows are appended to ``data/torture/<fault>.csv``, so
+that the counts of all calls add up; the seed of the dice is printed, and taken from the clock
+unless it is given. ``report`` counts the rows of all faults into ``data/reference/torture``. The
+exit status is 1 if a fault was not survived.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import pandas as pd
+from typing import Any
 
 from kelib.config import repository_root
 from kelib.errors import KelibError
 
-from .kills import Tree, kills, undisturbed
+from .counts import FOLDER, append, promote
 
-RESULTS = Path("data") / "torture"
+# in the order of ``all``: those that take seconds first
+FAULTS = ("resources", "same", "kills")
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
+    add = parser.add_argument
+    add("fault", choices=[*FAULTS, "all", "report"])
+    add("--count", type=int, default=20, help="faults, where they are drawn (default %(default)s)")
+    add("--seed", type=int, help="of the dice (default: the clock)")
+    add("--only", nargs="*", default=[], help="cases whose names hold one of these texts")
+    add("--targets", nargs="*", default=["figures"], help="of make (default: %(default)s)")
+    add("--short", action="store_true", help="one seed and shorter runs in profile smoke")
+    add("--pause", type=float, default=12.0, help="mean seconds before a kill")
+    add("--folder", type=Path, help="for the copies (default: a temporary one)")
+    return parser
+
+
+def _do(fault: str, options: argparse.Namespace) -> int:
+    """How many cases of a fault were not survived."""
+    rows: list[dict[str, Any]] = []
+    print(f"{fault}: seed {options.seed}, copies in {options.folder}", flush=True)
+    module = importlib.import_module(f".{fault}", __package__)
+    for found in module.rows(options):
+        row = {"fault": fault, "seed": options.seed, "tried": 1, **found}
+        word = "survived" if row["survived"] else "NOT survived" if row["tried"] else "skipped"
+        print(f"{fault}, {row['case']}: {word}. {row['note']}", flush=True)
+        append(row, repository_root() / FOLDER / f"{fault}.csv")
+        rows.append(row)
+    tried, survived = (sum(row[name] for row in rows) for name in ("tried", "survived"))
+    print(f"{fault}: {tried} tried, {survived} survived, {len(rows) - tried} skipped", flush=True)
+    return int(tried - survived)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
-    parser.add_argument("fault", choices=["kills"])
-    parser.add_argument("--count", type=int, default=20, help="faults (default %(default)s)")
-    parser.add_argument("--seed", type=int, help="of the dice (default: the clock)")
-    parser.add_argument("--pause", type=float, default=12.0, help="mean seconds before a kill")
-    parser.add_argument("--targets", nargs="*", default=["figures"], help="of make")
-    parser.add_argument("--folder", type=Path, help="for the copies (default: a temporary one)")
-    chosen = parser.parse_args(arguments)
-    seed = int(time.time()) if chosen.seed is None else chosen.seed
-    folder = chosen.folder or Path(tempfile.mkdtemp(prefix="kelib-torture-"))
-    print(f"{chosen.fault}: seed {seed}, copies in {folder}", flush=True)
+    """Parse the command line, do it, return the exit status."""
+    options = _arguments().parse_args(arguments)
+    options.seed = int(time.time()) if options.seed is None else options.seed
+    options.folder = options.folder or Path(tempfile.mkdtemp(prefix="kelib-torture-"))
     try:
-        expected = undisturbed(Tree(folder / "undisturbed", chosen.targets))
-        rows = []
-        tree = Tree(folder / "killed", chosen.targets)
-        for row in kills(tree, expected, chosen.count, seed, chosen.pause):
-            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-            rows.append({"seed": seed, **row})
-            _append(pd.DataFrame([rows[-1]]), chosen.fault)
+        if options.fault == "report":
+            print(promote(repository_root()).to_string(index=False))
+            return 0
+        chosen = FAULTS if options.fault == "all" else (options.fault,)
+        return int(any([_do(fault, options) for fault in chosen]))
     except KelibError as error:
         print(f"kelib: {error}", file=sys.stderr)
         return 1
-    ended = [row for row in rows if row["what"] == "ended"]
-    alive = sum(row["alive"] for row in rows)
-    bad = [row for row in ended if not row["same"] or row["leftovers"]]
-    print(
-        f"{sum(row['what'] == 'killed' for row in rows)} kills, {len(ended)} runs to the end, "
-        f"{len(bad)} of them not as undisturbed; {alive} processes outlived their parent"
-    )
-    return 1 if bad or alive else 0
-
-
-def _append(table: pd.DataFrame, fault: str) -> None:
-    path = repository_root() / RESULTS / f"{fault}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""The same numbers twice: the tables of profile smoke, byte for byte, however make is called.
+
+Every variation is a run from nothing, compared with one plain ``make -j2``. Where arithmetic itself
+is another (two threads, the instructions of an older processor), sums round otherwise, and what is
+compared is the size of the difference by table and quantity, kept in
+``data/torture/differences.csv``: that is what can differ between machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kelib.config import repository_root
+from kelib.errors import KelibError, listing
+
+from .trees import Tree, compare, undisturbed
+
+DIFFERENCES = Path("data") / "torture" / "differences.csv"
+# Of two threads against one: share of the range that a quantity takes in its table.
+TOLERANCE = 0.05
+# What torch, MKL, oneDNN and numpy's BLAS offer to pretend an older processor.
+OLD = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "OPENBLAS_CORETYPE": "Prescott",
+}
+# Turkish has another lower case of I, the other two a comma in numbers; one is not UTF-8.
+LOCALES = ("tr_TR.UTF-8", "de_DE.ISO-8859-1", "C.UTF-8")
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One other way to call make; ``lacking`` says why it cannot be tried here."""
+
+    name: str
+    how: Mapping[str, Any] = field(default_factory=dict)  # of Tree.make
+    folder: str = "varied"
+    edits: tuple[tuple[str, str, str], ...] = ()
+    judged: str = "bytes"  # or "tolerance", or "rows": the same rows, differences noted
+    lacking: str = ""
+
+
+def variations(folder: Path) -> list[Variation]:
+    """All of them; homes and copies lie below ``folder``."""
+
+    def setting(judged: str = "bytes", lacking: str = "", **values: str) -> Variation:
+        name = " ".join(f"{key}={value}" for key, value in values.items())
+        name = name.replace(str(folder), "<folder>")
+        return Variation(name, {"environment": values}, judged=judged, lacking=lacking)
+
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    one_thread, two_threads = "torch.set_num_threads(threads)", "torch.set_num_threads(2)"
+    return [
+        Variation("again"),
+        Variation("-j1", {"jobs": 1}),
+        setting(PYTHONHASHSEED="0"),
+        setting(PYTHONHASHSEED="12345"),
+        Variation("make -C from another folder", {"from_outside": True}),
+        Variation("a path with a space", folder="varied, with spaces"),
+        setting(**ascii_only),
+        *(
+            Variation(f"LC_ALL={name}", {"environment": {"LC_ALL": name, **made}}, lacking=lacking)
+            for name, made, lacking in (_locale(name, folder) for name in LOCALES)
+        ),
+        setting(HOME=str(folder / "home")),
+        setting(TZ="KEL-14"),
+        Variation(
+            "two threads",
+            edits=(("kelib/workers.py", one_thread, two_threads),),
+            folder="two threads",
+            judged="tolerance",
+        ),
+        setting("rows", ATEN_CPU_CAPABILITY="avx2"),
+        setting("rows", ATEN_CPU_CAPABILITY="default"),
+        Variation("an old processor", {"environment": OLD}, judged="rows"),
+    ]
+
+
+def _locale(name: str, folder: Path) -> tuple[str, dict[str, str], str]:
+    """(name, settings that find it, why it cannot be had), made below ``folder`` if the system does
+    not have it."""
+    try:
+        done = subprocess.run(["locale", "-a"], capture_output=True, text=True, check=True)
+        if name.lower().replace("-", "") in done.stdout.lower().replace("-", "").split():
+            return name, {}, ""
+        made = folder / "locales" / name
+        made.parent.mkdir(parents=True, exist_ok=True)
+        language, _, coding = name.partition(".")
+        command = ["localedef", "-i", language, "-f", coding, str(made)]
+        subprocess.run(command, capture_output=True, check=False)  # warns by its exit status, too
+    except (OSError, subprocess.CalledProcessError) as error:
+        return name, {}, f"skipped: no such locale here ({error})"
+    lacking = "" if made.exists() else "skipped: the system has no such locale and cannot make it"
+    return name, {"LOCPATH": str(made.parent)}, lacking
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for every variation, or those whose names hold one of the texts ``options.only``."""
+    known = variations(options.folder)
+    chosen = [v for v in known if not options.only or any(o in v.name for o in options.only)]
+    if not chosen:
+        names = listing([v.name for v in known], len(known))
+        raise KelibError(f"--only {' '.join(options.only)} is in no variation's name: {names}")
+    (options.folder / "home").mkdir(parents=True, exist_ok=True)
+    expected = undisturbed(Tree(options.folder / "undisturbed", options.targets, options.short))
+    for variation in chosen:
+        if variation.lacking:
+            yield {"case": variation.name, "tried": 0, "survived": 0, "note": variation.lacking}
+            continue
+        tree = Tree(options.folder / variation.folder, options.targets, options.short)
+        for name, old, new in variation.edits:
+            if new not in (tree.folder / name).read_text():
+                tree.edit(name, old, new)
+        tree.clear()
+        status, said = tree.make(**variation.how)
+        if status != 0:
+            yield {"case": variation.name, "survived": 0, "note": said[-300:]}
+        elif variation.judged == "bytes":
+            bad = compare(tree, expected)
+            yield {"case": variation.name, "survived": int(not bad), "note": "; ".join(bad)}
+        else:
+            yield {"case": variation.name, **_sized(tree, expected, variation)}
+
+
+def _sized(tree: Tree, expected: Mapping[str, bytes], variation: Variation) -> dict[str, Any]:
+    """Whether it was survived, with a note; keeps the differences."""
+    measured = {name: text for name, text in expected.items() if name.startswith("data/")}
+    try:
+        sizes = differences(measured, tree.outputs())
+    except KelibError as error:
+        return {"survived": 0, "note": str(error)}
+    keep(sizes.assign(case=variation.name))
+    worst = sizes["share_of_range"].max()
+    good = variation.judged == "rows" or worst <= TOLERANCE
+    changed = int((sizes["changed"] > 0).sum())
+    note = f"{changed} of {len(sizes)} quantities differ, by {worst:.2g} of their range at most"
+    return {"survived": int(good), "note": note}
+
+
+def differences(expected: Mapping[str, bytes], found: Mapping[str, bytes]) -> pd.DataFrame:
+    """By table and quantity: ``values``, how many of them ``changed``, the largest absolute and
+    relative difference (of the larger one), and the largest as a share of the quantity's range in
+    its table.
+
+    KelibError if a table is missing, or differs in rows, columns or anything that is no number.
+    """
+    sizes = []
+    for name, text in expected.items():
+        if name not in found:
+            raise KelibError(f"{name} is not there; it must be in both")
+        one, two = (pd.read_csv(io.BytesIO(content)) for content in (text, found[name]))
+        if one.shape != two.shape or list(one.columns) != list(two.columns):
+            raise KelibError(f"{name} has another shape, {two.shape} instead of {one.shape}")
+        for column in one.columns:
+            if not pd.api.types.is_float_dtype(one[column]):
+                if not one[column].equals(two[column]):
+                    raise KelibError(f"{name}: column {column} differs, which is no measured one")
+                continue
+            a, b = one[column].to_numpy(float), two[column].to_numpy(float)
+            if (np.isnan(a) != np.isnan(b)).any():
+                raise KelibError(f"{name}: column {column} has other missing values")
+            kept = ~np.isnan(a)
+            a, b = a[kept], b[kept]
+            off = np.abs(a - b)
+            scale = np.maximum(np.abs(a), np.abs(b))
+            reach = np.ptp(a) if len(a) else 0.0
+            sizes.append(
+                {
+                    "table": Path(name).stem,
+                    "quantity": column,
+                    "values": len(a),
+                    "changed": int((off > 0).sum()),
+                    "max_absolute": _most(off),
+                    "max_relative": _most(_over(off, scale)),
+                    "share_of_range": _most(_over(off, np.full_like(off, reach))),
+                }
+            )
+    return pd.DataFrame(sizes)
+
+
+def _over(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.divide(numbers, scale, out=np.where(numbers > 0, np.inf, 0.0), where=scale > 0)
+
+
+def _most(numbers: np.ndarray) -> float:
+    return float(numbers.max()) if len(numbers) else 0.0
+
+
+def keep(sizes: pd.DataFrame, path: Path | None = None) -> None:
+    """Put the differences of a case in the place of those that it left before."""
+    path = path or repository_root() / DIFFERENCES
+    if path.exists():
+        before = pd.read_csv(path)
+        sizes = pd.concat([before[~before["case"].isin(sizes["case"])], sizes])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = ["case", "table", "quantity"]
+    sizes[[*first, *(name for name in sizes.columns if name not in first)]].to_csv(
+        path, index=False, float_format="%.3g"
+    )
