@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kelib.errors import KelibError, first_line, listing
+from kelib.errors import KelibError, first_line, lacks_memory, listing
 from kelib.redaction import hidden
 from kelib.temporary import temporary_beside
 
@@ -60,6 +60,11 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # nbclient has no class of its own for a kernel that does not start
+        if isinstance(error, OSError) and not lacks_memory(error):
+            raise KelibError(
+                f"cannot write {error.filename or output}: {error.strerror or error}; free space "
+                "or choose a folder that can be written, then run again"
+            ) from error
         if isinstance(error, RuntimeError) and "ernel" in str(error):
             raise KelibError(
                 f"{notebook.name} stopped, its kernel was ended or could not start "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions that can change a number."""
     from importlib.metadata import version

@@ -23,7 +23,7 @@ SECONDS = 2.0  # of one processor, for the state of ten thousand runs
 PROFILE = "many"
 
 
-def many_runs(count: int, tree: Tree, expected: Mapping[str, bytes]) -> tuple[list[str], str]:
+def many_runs(count: int, tree: Tree, _whole: Tree) -> tuple[list[str], str]:
     """``status`` of a profile of at least ``count`` finished runs: counts all, and within
     :data:`SECONDS` of processor time, whatever else the machine does."""
     made = finished_grid(tree, count)

@@ -13,7 +13,7 @@ import argparse
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from typing import Any
 from kelib.errors import KelibError, listing
 
 from .grids import many_runs
-from .trees import Tree, compare, own_words, undisturbed
+from .trees import COMPUTED, Tree, compare, own_words, undisturbed
 
 NOBODY = "65534"
 PAGE = 4096  # bytes; what a small file takes on the disk
@@ -128,58 +128,52 @@ def no_network(tree: Tree) -> Taken:
 
 @dataclass(frozen=True)
 class Case:
-    """``do(tree, expected)`` says what was wrong (nothing: survived) and what happened."""
+    """``do(tree, whole)`` says what was wrong (nothing: survived) and what happened; ``whole`` is
+    the tree of the undisturbed run."""
 
     name: str
-    do: Callable[[Tree, Mapping[str, bytes]], tuple[list[str], str]]
+    do: Callable[[Tree, Tree], tuple[list[str], str]]
 
 
-def judge(tree: Tree, expected: Mapping[str, bytes], status: int, said: str) -> list[str]:
+def judge(tree: Tree, whole: Tree, status: int, said: str) -> list[str]:
     """What is wrong with how a call ended that lacked something."""
     bad = [f"half-written: {text}" for text in tree.unsound()]
     if status == 0:
-        return bad + compare(tree, expected)
+        return bad + compare(tree, whole.outputs())
     return bad if own_words(said) else [*bad, f"no refusal in own words: {said[-300:]}"]
 
 
-def and_again(tree: Tree, expected: Mapping[str, bytes]) -> list[str]:
+def and_again(tree: Tree, whole: Tree) -> list[str]:
     """What is wrong with the same call when nothing is lacking any more."""
     status, said = tree.make()
     if status != 0:
         return [f"fails with the resource back: {said[-300:]}"]
-    return [f"with the resource back, {text}" for text in compare(tree, expected)]
+    return [f"with the resource back, {text}" for text in compare(tree, whole.outputs())]
 
 
-def without(
-    taken: Callable[[Tree], Any], tree: Tree, expected: Mapping[str, bytes]
-) -> tuple[list[str], str]:
-    """Call make while something is taken away, then with all there."""
-    tree.clear()
+def without(taken: Callable[[Tree], Any], tree: Tree, whole: Tree) -> tuple[list[str], str]:
+    """Call make, with the corpora done, while something is taken away, then with all there."""
+    tree.begin(whole, COMPUTED[1])
     with taken(tree) as how:
         status, said = tree.make(**how)
-    bad = judge(tree, expected, status, said)
-    return bad + and_again(tree, expected), own_words(said) or "ended well"
+    bad = judge(tree, whole, status, said)
+    return bad + and_again(tree, whole), own_words(said) or "ended well"
 
 
-def on_full_disk(
-    name: str, share: float, tree: Tree, expected: Mapping[str, bytes]
-) -> tuple[list[str], str]:
+def on_full_disk(name: str, share: float, tree: Tree, whole: Tree) -> tuple[list[str], str]:
     """Room for a share of what an undisturbed run leaves in a folder; then room for all."""
-    whole = tree.folder.with_name("undisturbed") / name
-    files = [path.stat().st_size for path in whole.rglob("*") if path.is_file()]
-    size = int(share * sum(-(-length // PAGE) * PAGE for length in files))
-    tree.clear()
+    left = [path.stat().st_size for path in (whole.folder / name).rglob("*") if path.is_file()]
+    size = int(share * sum(-(-length // PAGE) * PAGE for length in left))
+    tree.begin(whole, name)
     with full_disk(tree, name, size) as room:
         status, said = tree.make()
-        bad = judge(tree, expected, status, said)
+        bad = judge(tree, whole, status, said)
         room()
-        bad += and_again(tree, expected)
+        bad += and_again(tree, whole)
     return bad, own_words(said) or "ended well"
 
 
-def without_sources(
-    targets: tuple[str, ...], tree: Tree, expected: Mapping[str, bytes]
-) -> tuple[list[str], str]:
+def without_sources(targets: tuple[str, ...], tree: Tree, whole: Tree) -> tuple[list[str], str]:
     """Text that is not there, without a network to fetch it."""
     with no_network(tree) as how:
         status, said = tree.make(*targets, "PROFILE=small", **how)
@@ -190,14 +184,11 @@ def without_sources(
     return bad, told
 
 
-def at_times(
-    moved: tuple[str, ...], when: float, tree: Tree, expected: Mapping[str, bytes]
-) -> tuple[list[str], str]:
+def at_times(moved: tuple[str, ...], when: float, tree: Tree, whole: Tree) -> tuple[list[str], str]:
     """Files with a time that a clock which was wrong would have given them; no run is done again,
     and no number changes."""
-    whole = tree.folder.with_name("undisturbed")
     shutil.rmtree(tree.folder, ignore_errors=True)
-    shutil.copytree(whole, tree.folder)
+    shutil.copytree(whole.folder, tree.folder)  # with the times
     before = tree.runs()
     for name in moved:
         for path in (tree.folder / name).rglob("*"):
@@ -205,7 +196,7 @@ def at_times(
     status, said = tree.make()
     if status != 0:
         return [f"fails: {said[-300:]}"], ""
-    bad, after = compare(tree, expected), tree.runs()
+    bad, after = compare(tree, whole.outputs()), tree.runs()
     if again := sorted(name for name in before if after.get(name) != before[name]):
         bad.append(f"{len(again)} runs done again, {again[0]} first")
     drawn = said.count(" -> figures/")
@@ -213,9 +204,9 @@ def at_times(
     return bad, f"{len(after)} runs kept, {drawn} notebooks executed again{skew}"
 
 
-def twice_at_once(tree: Tree, expected: Mapping[str, bytes]) -> tuple[list[str], str]:
+def twice_at_once(tree: Tree, whole: Tree) -> tuple[list[str], str]:
     """Two calls on one tree: each ends well or says who holds what it wants."""
-    tree.clear()
+    tree.begin(whole, COMPUTED[1])
     two = [tree.start() for _ in range(2)]
     ends = [process.wait() for process in two]
     said = tree.said()
@@ -223,9 +214,9 @@ def twice_at_once(tree: Tree, expected: Mapping[str, bytes]) -> tuple[list[str],
     if any(ends) and not own_words(said):
         bad.append(f"no refusal in own words: {said[-300:]}")
     if not any(ends):
-        bad += compare(tree, expected)
+        bad += compare(tree, whole.outputs())
     note = f"exit statuses {ends[0]} and {ends[1]}"
-    return bad + and_again(tree, expected), f"{note}: {own_words(said)}" if any(ends) else note
+    return bad + and_again(tree, whole), f"{note}: {own_words(said)}" if any(ends) else note
 
 
 def cases(count: int) -> list[Case]:
@@ -262,11 +253,12 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not chosen:
         names = listing([case.name for case in known], len(known))
         raise KelibError(f"--only {' '.join(options.only)} is in no case's name: {names}")
-    expected = undisturbed(Tree(options.folder / "undisturbed", options.targets, options.short))
+    whole = Tree(options.folder / "undisturbed", options.targets, options.short)
+    undisturbed(whole)
     for number, case in enumerate(chosen):
         tree = Tree(options.folder / f"resources-{number}", options.targets, options.short)
         try:
-            bad, note = case.do(tree, expected)
+            bad, note = case.do(tree, whole)
         except CannotTryError as reason:
             yield {"case": case.name, "tried": 0, "survived": 0, "note": f"skipped: {reason}"}
             continue

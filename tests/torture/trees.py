@@ -21,13 +21,12 @@ from kelib.errors import KelibError
 from kelib.tables import read_table
 
 OUTPUTS = ("data/measurements/smoke/*.csv", "figures/smoke/*.csv")
+COMPUTED = ("data/corpus", "data/checkpoints", "data/measurements", "figures/smoke")  # in order
 LEFTOVERS = ("*.tmp", "*.tmp.*", "*.partial", "*.part", ".*.ipynb")
-# What --short makes of profile smoke: one seed, and runs that take a second each.
+# What --short makes of profile smoke: one seed, fewer checkpoints, shorter continual learning.
 SHORT: dict[str, Any] = {
     "seeds": [100],
-    "pretraining.steps": 30,
-    "pretraining.checkpoints": [1, 5, 15],
-    "pretraining.optimizer_states": [15],
+    "pretraining.checkpoints": [1, 4, 15, 30],
     "continual.steps": 10,
     "continual.seeds": [0],
 }
@@ -148,8 +147,15 @@ class Tree:
 
     def clear(self) -> None:
         """Forget all that was computed."""
-        for name in ("data/measurements", "data/checkpoints", "data/corpus", "figures/smoke"):
+        for name in COMPUTED:
             shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def begin(self, other: Tree, until: str) -> None:
+        """Forget what was computed, and have what another tree has in the folders of
+        :data:`COMPUTED` before ``until``."""
+        self.clear()
+        for name in COMPUTED[: COMPUTED.index(until)]:
+            shutil.copytree(other.folder / name, self.folder / name)
 
 
 def undisturbed(tree: Tree) -> dict[str, bytes]:
@@ -173,7 +179,9 @@ def compare(tree: Tree, expected: Mapping[str, bytes]) -> list[str]:
 
 
 def own_words(said: str) -> str:
-    """The refusal of kelib's in what make wrote: its first line, empty if it has none or if a
+    """The refusal of kelib's in what make wrote, in one line; empty if there is none, or if a
     traceback of a library stands in the output."""
-    told = re.findall(r"^kelib: (.+)", said, flags=re.MULTILINE)
-    return told[0] if told and "Traceback (most recent call last)" not in said else ""
+    told = re.search(r"^kelib: (.+?)(?=\n(?:the failed copy|make|kelib): |\Z)", said, re.M | re.S)
+    if told is None or "Traceback (most recent call last)" in said:
+        return ""
+    return " ".join(told[1].split())
