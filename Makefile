@@ -50,8 +50,8 @@ endif
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
 	tables.py config.py sections.py study.py)
 
-.PHONY: help figures study test test-stages test-figures check format data plan audit status notebooks bench reference verify clean \
-	search lab
+.PHONY: help figures study test test-stages test-figures torture check format data plan audit status notebooks bench reference verify \
+	clean search lab
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile env.mk
@@ -149,6 +149,12 @@ search: | $(READY) ## the search that chose the small model's regime (90 minutes
 
 notebooks: | $(READY) ## run all committed notebooks again, in place
 	@$(PY) -m kelib execute
+
+# FAULT is kills, same, resources, ... (python -m tests.torture --help); OPTIONS such as --short
+FAULT ?= all
+COUNT ?= 20
+torture: | $(READY) ## faults on purpose, survived or not (hours; FAULT=kills COUNT=200)
+	@$(PY) -m tests.torture $(FAULT) --count $(COUNT) $(OPTIONS)
 
 bench: | $(READY) ## time and memory against the floor and against other libraries, as ratios
 	@$(PY) -m tests.benchmarks

@@ -11,7 +11,6 @@ import pandas as pd
 
 from kelib.errors import KelibError
 from kelib.tables import provenance, write_table
-from tests.benchmarks.harness import processor
 
 FOLDER = Path("data") / "torture"
 REFERENCE = Path("data") / "reference" / "torture"
@@ -51,6 +50,8 @@ def counts(folder: Path) -> pd.DataFrame:
 def promote(root: Path) -> pd.DataFrame:
     """Write the counts, and the differences between kinds of arithmetic, to ``data/reference``;
     return the counts."""
+    from tests.benchmarks.harness import processor
+
     table = counts(root / FOLDER)
     note = provenance({}, [], {})
     note["machine"] = {"processor": processor(), "cores": os.cpu_count()}

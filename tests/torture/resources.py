@@ -151,9 +151,12 @@ def and_again(tree: Tree, whole: Tree) -> list[str]:
     return [f"with the resource back, {text}" for text in compare(tree, whole.outputs())]
 
 
-def without(taken: Callable[[Tree], Any], tree: Tree, whole: Tree) -> tuple[list[str], str]:
-    """Call make, with the corpora done, while something is taken away, then with all there."""
-    tree.begin(whole, COMPUTED[1])
+def without(
+    taken: Callable[[Tree], Any], done: int, tree: Tree, whole: Tree
+) -> tuple[list[str], str]:
+    """Call make, with so many folders of :data:`COMPUTED` done before, while something is taken
+    away; then with all there."""
+    tree.begin(whole, COMPUTED[done])
     with taken(tree) as how:
         status, said = tree.make(**how)
     bad = judge(tree, whole, status, said)
@@ -227,15 +230,15 @@ def cases(count: int) -> list[Case]:
     figure = "figures/small/fig02_knowledge_entropy.json"
     return [
         *(Case(f"full disk, {n} at {s:.0%}", partial(on_full_disk, n, s)) for n, s in FULL),
-        Case("full temporary folder", partial(without, full_temporary_folder)),
+        Case("full temporary folder", partial(without, full_temporary_folder, 2)),
         *(
-            Case(f"{m} MB of memory", partial(without, partial(little_memory, megabytes=m)))
+            Case(f"{m} MB of memory", partial(without, partial(little_memory, megabytes=m), 1))
             for m in MEGABYTES
         ),
-        Case("read-only tree", partial(without, read_only)),
-        Case("another user's tree", partial(without, unprivileged)),
-        Case("no home", partial(without, no_home)),
-        Case("no network", partial(without, no_network)),
+        Case("read-only tree", partial(without, read_only, 2)),
+        Case("another user's tree", partial(without, unprivileged, 2)),
+        Case("no home", partial(without, no_home, 2)),
+        Case("no network", partial(without, no_network, 1)),
         Case("no network, data of small", partial(without_sources, ("data",))),
         Case("no network, figure of small", partial(without_sources, (figure,))),
         Case("clock: results of next year", partial(at_times, outputs, now + year)),

@@ -40,23 +40,22 @@ LOCALES = ("tr_TR.UTF-8", "de_DE.ISO-8859-1", "C.UTF-8")
 
 @dataclass(frozen=True)
 class Variation:
-    """One other way to call make; ``lacking`` says why it cannot be tried here."""
+    """One other way to call make."""
 
     name: str
     how: Mapping[str, Any] = field(default_factory=dict)  # of Tree.make
     folder: str = "varied"
     edits: tuple[tuple[str, str, str], ...] = ()
     judged: str = "bytes"  # or "tolerance", or "rows": the same rows, differences noted
-    lacking: str = ""
 
 
 def variations(folder: Path) -> list[Variation]:
     """All of them; homes and copies lie below ``folder``."""
 
-    def setting(judged: str = "bytes", lacking: str = "", **values: str) -> Variation:
+    def setting(judged: str = "bytes", **values: str) -> Variation:
         name = " ".join(f"{key}={value}" for key, value in values.items())
         name = name.replace(str(folder), "<folder>")
-        return Variation(name, {"environment": values}, judged=judged, lacking=lacking)
+        return Variation(name, {"environment": values}, judged=judged)
 
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     one_thread, two_threads = "torch.set_num_threads(threads)", "torch.set_num_threads(2)"
@@ -68,10 +67,7 @@ def variations(folder: Path) -> list[Variation]:
         Variation("make -C from another folder", {"from_outside": True}),
         Variation("a path with a space", folder="varied, with spaces"),
         setting(**ascii_only),
-        *(
-            Variation(f"LC_ALL={name}", {"environment": {"LC_ALL": name, **made}}, lacking=lacking)
-            for name, made, lacking in (_locale(name, folder) for name in LOCALES)
-        ),
+        *(setting(LC_ALL=name, LOCPATH=str(folder / "locales")) for name in LOCALES),
         setting(HOME=str(folder / "home")),
         setting(TZ="KEL-14"),
         Variation(
@@ -86,22 +82,19 @@ def variations(folder: Path) -> list[Variation]:
     ]
 
 
-def _locale(name: str, folder: Path) -> tuple[str, dict[str, str], str]:
-    """(name, settings that find it, why it cannot be had), made below ``folder`` if the system does
-    not have it."""
+def _make_locale(name: str, folder: Path) -> str:
+    """Make a locale in ``folder``; why it cannot be had, empty if it can."""
+    made = folder / name
+    if name.startswith("C.") or made.exists():
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    language, _, coding = name.partition(".")
+    command = ["localedef", "-i", language, "-f", coding, str(made)]
     try:
-        done = subprocess.run(["locale", "-a"], capture_output=True, text=True, check=True)
-        if name.lower().replace("-", "") in done.stdout.lower().replace("-", "").split():
-            return name, {}, ""
-        made = folder / "locales" / name
-        made.parent.mkdir(parents=True, exist_ok=True)
-        language, _, coding = name.partition(".")
-        command = ["localedef", "-i", language, "-f", coding, str(made)]
-        subprocess.run(command, capture_output=True, check=False)  # warns by its exit status, too
-    except (OSError, subprocess.CalledProcessError) as error:
-        return name, {}, f"skipped: no such locale here ({error})"
-    lacking = "" if made.exists() else "skipped: the system has no such locale and cannot make it"
-    return name, {"LOCPATH": str(made.parent)}, lacking
+        subprocess.run(command, capture_output=True, check=False)  # its status tells of warnings
+    except OSError as error:
+        return f"skipped: no localedef here ({error.strerror})"
+    return "" if made.exists() else f"skipped: localedef has no {name} here"
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -114,8 +107,9 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     (options.folder / "home").mkdir(parents=True, exist_ok=True)
     expected = undisturbed(Tree(options.folder / "undisturbed", options.targets, options.short))
     for variation in chosen:
-        if variation.lacking:
-            yield {"case": variation.name, "tried": 0, "survived": 0, "note": variation.lacking}
+        locale = variation.how.get("environment", {}).get("LC_ALL", "C.")
+        if lacking := locale != "C" and _make_locale(locale, options.folder / "locales"):
+            yield {"case": variation.name, "tried": 0, "survived": 0, "note": lacking}
             continue
         tree = Tree(options.folder / variation.folder, options.targets, options.short)
         for name, old, new in variation.edits:

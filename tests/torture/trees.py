@@ -23,9 +23,11 @@ from kelib.tables import read_table
 OUTPUTS = ("data/measurements/smoke/*.csv", "figures/smoke/*.csv")
 COMPUTED = ("data/corpus", "data/checkpoints", "data/measurements", "figures/smoke")  # in order
 LEFTOVERS = ("*.tmp", "*.tmp.*", "*.partial", "*.part", ".*.ipynb")
-# What --short makes of profile smoke: one seed, fewer checkpoints, shorter continual learning.
+# What --short makes of profile smoke: one model, seed and worker; None leaves a section out.
 SHORT: dict[str, Any] = {
     "seeds": [100],
+    "workers": 1,
+    "comparison": None,
     "pretraining.checkpoints": [1, 4, 15, 30],
     "continual.steps": 10,
     "continual.seeds": [0],
@@ -64,6 +66,8 @@ class Tree:
             for section in sections:
                 at = at[section]
             at[key] = value
+            if value is None:
+                del at[key]
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def edit(self, name: str, old: str, new: str) -> None:
