@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import tempfile
 import time
@@ -59,6 +60,7 @@ def _do(fault: str, options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, do it, return the exit status."""
     options = _arguments().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing stays mounted
     options.seed = int(time.time()) if options.seed is None else options.seed
     options.folder = options.folder or Path(tempfile.mkdtemp(prefix="kelib-torture-"))
     try:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -108,9 +109,15 @@ class Tree:
             )
 
     def make(self, *more: str, **how: Any) -> tuple[int, str]:
-        """(exit status, what it wrote) of :meth:`start`, waited for."""
+        """(exit status, what it wrote) of :meth:`start`, waited for; an interrupt ends it."""
         before = self.log.stat().st_size if self.log.exists() else 0
-        status = self.start(*more, **how).wait()
+        process = self.start(*more, **how)
+        try:
+            status = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # kernels and workers end with make
+            process.wait()
+            raise
         return status, self.log.read_bytes()[before:].decode(errors="replace")
 
     def said(self) -> str:
