@@ -1,7 +1,7 @@
 """``python -m tests.torture FAULT``: faults on purpose, and whether they were survived.
 
 Every fault is a module of this package whose ``rows(options)`` yields a row for each case, with
-``case``, ``survived`` (0 or 1) and ``note``. Rows are appended to ``data/torture/<fault>.csv``, so
+``case``, ``survived`` and ``note``, and ``tried`` where that is not 1. Rows are appended to ``data/torture/<fault>.csv``, so
 that the counts of all calls add up; the seed of the dice is printed, and taken from the clock
 unless it is given. ``report`` counts the rows of all faults into ``data/reference/torture``. The
 exit status is 1 if a fault was not survived.
@@ -32,6 +32,7 @@ def _arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("fault", choices=[*FAULTS, "all", "report"])
     add("--count", type=int, default=20, help="faults, where they are drawn (default %(default)s)")
+    add("--examples", type=int, default=10_000, help="of fuzz, a reader (default %(default)s)")
     add("--seed", type=int, help="of the dice (default: the clock)")
     add("--only", nargs="*", default=[], help="cases whose names hold one of these texts")
     add("--targets", nargs="*", default=["figures"], help="of make (default: %(default)s)")
@@ -48,12 +49,14 @@ def _do(fault: str, options: argparse.Namespace) -> int:
     module = importlib.import_module(f".{fault}", __package__)
     for found in module.rows(options):
         row = {"fault": fault, "seed": options.seed, "tried": 1, **found}
-        word = "survived" if row["survived"] else "NOT survived" if row["tried"] else "skipped"
+        good = row["survived"] == row["tried"]
+        word = "skipped" if not row["tried"] else "survived" if good else "NOT survived"
         print(f"{fault}, {row['case']}: {word}. {row['note']}", flush=True)
         append(row, repository_root() / FOLDER / f"{fault}.csv")
         rows.append(row)
     tried, survived = (sum(row[name] for row in rows) for name in ("tried", "survived"))
-    print(f"{fault}: {tried} tried, {survived} survived, {len(rows) - tried} skipped", flush=True)
+    skipped = sum(row["tried"] == 0 for row in rows)
+    print(f"{fault}: {tried} tried, {survived} survived, {skipped} skipped", flush=True)
     return int(tried - survived)
 
 
