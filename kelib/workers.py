@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -12,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
-from kelib.errors import KelibError, listing
+from kelib.errors import KelibError, first_line, lacks_memory, listing
 from kelib.progress import Progress
 from kelib.redaction import hide_in_logs
 from kelib.run import Run, writer
@@ -43,11 +44,23 @@ def prepare_process(threads: int) -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["PIP_NO_COLOR"] = "1"  # kernels ask for colours, its last error is quoted in ours
 
 
 def begin_worker(threads: int) -> None:
     """Start-up of a local worker, which ends when its parent dies."""
-    prepare_process(threads)
+    try:
+        prepare_process(threads)
+    except (ImportError, MemoryError, OSError) as error:
+        if not lacks_memory(error):
+            raise
+        print(
+            f"kelib: memory is not enough to start a worker process ({first_line(error)}); free "
+            "some or lower workers, then run again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends its workers
     parent = multiprocessing.parent_process()
 

@@ -28,7 +28,7 @@ from .trees import COMPUTED, Tree, compare, own_words, undisturbed
 PAGE = 4096  # bytes; what a small file takes on the disk
 # Of address space a process; torch alone takes 1000. With 400 numpy's BLAS ends the process while
 # it is loaded, in a line of its own about memory: nothing of kelib's is there yet to say more.
-MEGABYTES = (800, 1200, 1600)
+MEGABYTES = (800, 900, 1000, 1200)
 # folder that is full, and how much of what an undisturbed run leaves there it has room for
 FULL = (
     ("data/corpus", 0.3),
