@@ -1,10 +1,10 @@
 """``python -m tests.torture FAULT``: faults on purpose, and whether they were survived.
 
 Every fault is a module of this package whose ``rows(options)`` yields a row for each case, with
-``case``, ``survived`` and ``note``, and ``tried`` where that is not 1. Rows are appended to ``data/torture/<fault>.csv``, so
-that the counts of all calls add up; the seed of the dice is printed, and taken from the clock
-unless it is given. ``report`` counts the rows of all faults into ``data/reference/torture``. The
-exit status is 1 if a fault was not survived.
+``case``, ``survived`` and ``note``, and ``tried`` where that is not 1. Rows are appended to
+``data/torture/<fault>.csv``, so that the counts of all calls add up; the seed of the dice is
+printed, and taken from the clock unless it is given. ``report`` counts the rows of all faults into
+``data/reference/torture``. The exit status is 1 if a fault was not survived.
 """
 
 from __future__ import annotations
