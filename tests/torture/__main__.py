@@ -45,10 +45,15 @@ def _arguments() -> argparse.ArgumentParser:
 def _do(fault: str, options: argparse.Namespace) -> int:
     """How many cases of a fault were not survived."""
     rows: list[dict[str, Any]] = []
+    of = " ".join(["short"] * options.short + options.targets)
     print(f"{fault}: seed {options.seed}, copies in {options.folder}", flush=True)
     module = importlib.import_module(f".{fault}", __package__)
     for found in module.rows(options):
-        row = {"fault": fault, "seed": options.seed, "tried": 1, **found}
+        row = {"fault": fault, "seed": options.seed, "tried": 1, **found, "of": of}
+        note = " ".join(str(row["note"]).split())
+        for place, name in ((options.folder, "<folder>"), (repository_root(), "<repository>")):
+            note = note.replace(str(place), name)
+        row["note"] = note
         good = row["survived"] == row["tried"]
         word = "skipped" if not row["tried"] else "survived" if good else "NOT survived"
         print(f"{fault}, {row['case']}: {word}. {row['note']}", flush=True)

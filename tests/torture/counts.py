@@ -14,7 +14,7 @@ from kelib.tables import provenance, write_table
 
 FOLDER = Path("data") / "torture"
 REFERENCE = Path("data") / "reference" / "torture"
-COLUMNS = ("fault", "case", "seed", "tried", "survived", "note")
+COLUMNS = ("fault", "case", "seed", "tried", "survived", "note", "of")
 NOTE = 200  # characters kept in the counts
 
 
@@ -49,11 +49,16 @@ def counts(folder: Path) -> pd.DataFrame:
 
 def promote(root: Path) -> pd.DataFrame:
     """Write the counts, and the differences between kinds of arithmetic, to ``data/reference``;
-    return the counts."""
+    return the counts. What was run (full or short, which targets) stands in the note beside."""
     from tests.benchmarks.harness import processor
 
     table = counts(root / FOLDER)
-    note = provenance({}, [], {})
+    of = {
+        path.stem: sorted(set(pd.read_csv(path, keep_default_na=False)["of"]))
+        for path in sorted((root / FOLDER).glob("*.csv"))
+        if path.stem in set(table["fault"])
+    }
+    note = provenance({"of": of}, [], {})
     note["machine"] = {"processor": processor(), "cores": os.cpu_count()}
     write_table(table, root / REFERENCE / "faults.csv", note)
     measured = root / FOLDER / "differences.csv"
