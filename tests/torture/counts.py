@@ -41,7 +41,7 @@ def counts(folder: Path) -> pd.DataFrame:
     for (fault, case), rows in pd.concat(tables).groupby(["fault", "case"], sort=True):
         failed = rows[rows["survived"] < rows["tried"]]
         notes = failed["note"] if len(failed) else rows["note"]
-        plain = notes.iloc[-1] if len(failed) or notes.nunique() == 1 or fault != "kills" else ""
+        plain = notes.iloc[-1] if len(failed) or fault != "kills" else ""
         tried, survived = int(rows["tried"].sum()), int(rows["survived"].sum())
         found.append([fault, case, tried, survived, str(plain)[:NOTE]])
     return pd.DataFrame(found, columns=["fault", "case", "tried", "survived", "note"])
