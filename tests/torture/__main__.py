@@ -23,8 +23,8 @@ from kelib.errors import KelibError
 
 from .counts import FOLDER, append, promote
 
-# in the order of ``all``: those that take seconds first
-FAULTS = ("resources", "same", "kills")
+# in the order of ``all``: those that take minutes first
+FAULTS = ("corruption", "fuzz", "resources", "same", "kills")
 
 
 def _arguments() -> argparse.ArgumentParser:
