@@ -11,7 +11,7 @@ OWN := $(addprefix kelib/,own_model.py own_model_jobs.py)
 TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py continued.py continued_profile.py \
 	continued_jobs.py continued_intervals.py known.py learning_text.py learning.py learning_inputs.py sharding.py sharded_states.py)
 COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
-	readme.py readme_figures.py readme_words.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
+	readme.py readme_figures.py readme_words.py readme_faults.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
 	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py \
 	table_layouts.py tolerances.py comparison.py variation.py changed_claims.py verify.py verify_command.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml

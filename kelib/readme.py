@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from kelib.config import Profile
+from kelib.config import Profile, repository_root
 from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
+from kelib.readme_faults import faults_markdown
 from kelib.readme_figures import figures_markdown
 from kelib.readme_words import DECLARED
 from kelib.results import Tables, open_tables, read_figure_note
@@ -152,4 +153,6 @@ def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | No
         text = replace_generated(text, "contrasts", table)
     text = replace_generated(text, "protocol", protocol_markdown(tables.profile))
     text = replace_generated(text, "figures", figures_markdown(opened))
+    reference = repository_root() / "data" / "reference"
+    text = replace_generated(text, "faults", faults_markdown(reference))
     write_atomically(readme, text)

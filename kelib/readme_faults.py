@@ -1,0 +1,74 @@
+"""The part of the README on faults and on machines: counts of what was tried, from the committed
+tables of ``data/reference/torture`` and ``data/reference/machines``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kelib.tables import read_provenance, read_table
+
+# fault -> what it is, in the order of the table
+FAULTS = {
+    "kills": "SIGKILL of make's process group, one process or all, then the same command again",
+    "same": "the same run under another hash seed, path, locale, home or kind of processor",
+    "resources": "no disk, memory, permission or network left, odd clocks, two at once, many runs",
+    "corruption": "a flipped bit, a cut, a deletion or an exchange in every kind of file",
+    "fuzz": "made-up or damaged input to every reader",
+    "secrets": "tokens and keys planted in the environment, looked for in all that is written",
+}
+
+
+def faults_markdown(root: Path) -> str:
+    """A row for every fault: cases, times tried, times survived; then what differs between
+    machines. ``root`` is ``data/reference``. Raises KelibError if a table was changed.
+    """
+    lines = ["| fault | cases | tried | survived |", "| --- | --- | --- | --- |"]
+    path = root / "torture" / "faults.csv"
+    table = read_table(path)
+    row: Any  # groups have no types of their own
+    for fault, words in FAULTS.items():
+        row = table[table["fault"] == fault]
+        if len(row):
+            tried, survived = int(row["tried"].sum()), int(row["survived"].sum())
+            lines.append(f"| {fault}: {words} | {len(row)} | {tried:,} | {survived:,} |")
+    machine = read_provenance(path)["machine"]
+    said = f"Tried on {machine['cores']} cores ({machine['processor']})."
+    return "\n".join([*lines, "", said, *_machines(root / "machines"), *_arithmetic(root)])
+
+
+def _machines(folder: Path) -> list[str]:
+    """Per profile: what the same runs on another kind of processor make of its quantities."""
+    lines = []
+    for path in sorted(folder.glob("*.csv")):
+        table = read_table(path)
+        median, largest = np.median(table["spread"]), table["spread"].max()
+        most = table.loc[table["spread"].idxmax()]
+        than = "less than another seed" if largest < 1 else "in places as much as another seed"
+        lines += [
+            "",
+            f"**Between machines.** The same runs of `{path.stem}` on another kind of processor "
+            f"differ in {len(table)} measured quantities by {median:.2f} standard deviations "
+            "between pretraining seeds (median of root mean squares), by at most "
+            f"{largest:.2f} ({most['table']}, {most['quantity']}): {than}.",
+        ]
+    return lines
+
+
+def _arithmetic(root: Path) -> list[str]:
+    """What threads and older instructions change, where it was measured."""
+    path = root / "torture" / "differences.csv"
+    if not path.exists():
+        return []
+    parts = []
+    rows: Any  # groups have no types of their own
+    for case, rows in read_table(path).groupby("case", sort=False):
+        worst = rows.loc[rows["mean_of_range"].idxmax()]
+        parts.append(
+            f"{case}: {len(rows)} quantities, in the mean by at most {worst['mean_of_range']:.1e} "
+            f"of the range of one ({worst['table']}, {worst['quantity']})"
+        )
+    return ["", "**On one machine** tables change under " + "; ".join(parts) + "."]
