@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kelib.config import Profile, repository_root
+from kelib.config import Profile
 from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
 from kelib.readme_faults import faults_markdown
@@ -153,6 +153,7 @@ def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | No
         text = replace_generated(text, "contrasts", table)
     text = replace_generated(text, "protocol", protocol_markdown(tables.profile))
     text = replace_generated(text, "figures", figures_markdown(opened))
-    reference = repository_root() / "data" / "reference"
-    text = replace_generated(text, "faults", faults_markdown(reference))
+    reference = tables.folder.parent
+    if (reference / "torture" / "faults.csv").exists():
+        text = replace_generated(text, "faults", faults_markdown(reference))
     write_atomically(readme, text)

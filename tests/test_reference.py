@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from kelib.readme import (
     protocol_markdown,
     refresh_readme,
 )
+from kelib.readme_faults import faults_markdown
 from kelib.readme_figures import figures_markdown
 from kelib.reference import SEARCH, promote, shown_profile
 from kelib.results import open_tables, save_figure, save_table
@@ -382,6 +384,24 @@ def test_the_protocol_in_markdown(root: Path) -> None:
     text = protocol_markdown(load_profile("small"))
     assert "| injected | 36 generated entries, every 12 steps, 4.7% of the sequences |" in text
     assert "| continual learning | 120 steps of 32 x 64 tokens |" in text
+
+
+def test_faults_in_markdown(tmp_path: Path) -> None:
+    note = provenance({}, [], {}) | {"machine": {"cores": 3, "processor": "Abacus"}}
+    rows = [("fuzz", "a", 2000, 1999), ("fuzz", "b", 10, 10), ("kills", "kill one", 7, 7)]
+    table = pd.DataFrame(rows, columns=["fault", "case", "tried", "survived"])
+    write_table(table, tmp_path / "torture" / "faults.csv", note)
+    changes = [("two threads", "loss", "pretraining", 1e-6), ("two threads", "k_cl", "end", 2e-5)]
+    changed = pd.DataFrame(changes, columns=["case", "quantity", "table", "mean_of_range"])
+    write_table(changed, tmp_path / "torture" / "differences.csv", note)
+    spread = [("known", "k", 0.1), ("continual", "p_cl", 1.4), ("known", "p", 0.3)]
+    machines = pd.DataFrame(spread, columns=["table", "quantity", "spread"])
+    write_table(machines, tmp_path / "machines" / "small.csv", note)
+    text = faults_markdown(tmp_path)
+    assert re.search(r"kills: .* \| 1 \| 7 \| 7 \|\n\| fuzz: .* \| 2 \| 2,010 \| 2,009 \|", text)
+    assert "3 cores (Abacus)" in text
+    assert "by at most 1.40 (continual, p_cl): in places as much as another seed" in text
+    assert "two threads: 2 quantities, in the mean by at most 2.0e-05 of the range" in text
 
 
 def test_the_profile_that_a_notebook_shows(tmp_path: Path) -> None:
