@@ -164,7 +164,7 @@ def _groups(figures: list[Figure]) -> list[tuple[str, str, list[Figure]]]:
     """Figures under headings: those of the paper, then those it does not have."""
     theirs = [one for one in figures if not one.ours and one.name != CLAIMS]
     ours = [one for one in figures if one.ours or one.name == CLAIMS]
-    parts = [("paper", "Figures of the paper", theirs), ("ours", "What the paper has not", ours)]
+    parts = [("paper", "Figures of the paper", theirs), ("ours", "Beyond the paper", ours)]
     return [(anchor, title, part) for anchor, title, part in parts if part]
 
 

@@ -304,9 +304,11 @@ def _claims_chart(claims: pd.DataFrame | None) -> Chart | None:
     kept = ["claim", "statement", "rate", "scaled", "low", "high", "effect", "interval"]
     rates, names = list(dict.fromkeys(rows["rate"])), list(dict.fromkeys(rows["claim"]))
     data = _values(rows[[*kept, "verdict", "tested", "paper_value"]])
-    title = "effect in the paper's direction, in smallest effects that matter"
+    # names and title are broken, so that a phone has room for the effects
+    title = ["effect in the paper's direction,", "in smallest effects that matter"]
+    words = alt.Axis(labelExpr="split(datum.label, ' ')")
     base = alt.Chart(data).encode(
-        y=alt.Y("claim:N", title=None, sort=names, axis=alt.Axis(labelLimit=150)),
+        y=alt.Y("claim:N", title=None, sort=names, axis=words),
         yOffset=alt.YOffset("rate:N", sort=rates),
         color=_colour("rate", rates, "CL rate"),
     )
@@ -324,7 +326,7 @@ def _claims_chart(claims: pd.DataFrame | None) -> Chart | None:
     points = base.mark_point(size=95, strokeWidth=2).encode(
         x="scaled:Q",
         shape=_shape("rate", rates, "CL rate"),
-        fill=alt.condition("datum.tested", _colour("rate", rates, None), alt.value("transparent")),
+        fill=alt.condition("datum.tested", _colour("rate", rates, "CL rate"), alt.value("transparent")),
         tooltip=tips,
     )
     return _chart(
