@@ -127,9 +127,7 @@ def _reference(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from kelib.report import build_report
 
-    built = build_report(
-        arguments.profile, arguments.source, arguments.output, arguments.figures
-    )
+    built = build_report(arguments.profile, arguments.source, arguments.output, arguments.figures)
     size = built.file.stat().st_size / 1e6
     print(
         f"{built.file}: {len(built.figures)} figures, {len(built.charts)} charts, {size:.1f} MB, "

@@ -173,10 +173,7 @@ def _summary(claims: pd.DataFrame | None) -> list[tuple[str, str, int]]:
     if claims is None:
         return []
     counts = primary(claims)["verdict"].value_counts()
-    return [
-        (str(verdict), _mark(verdict), int(count))
-        for verdict, count in counts.items()
-    ]
+    return [(str(verdict), _mark(verdict), int(count)) for verdict, count in counts.items()]
 
 
 def _words(tables: Tables, part: str, page: Path) -> str:
@@ -209,7 +206,11 @@ def _all(name: str) -> str:
 
 
 def _here(name: str, fresh: bool) -> str:
-    return f"make report PROFILE={name}" if fresh else f"python -m kelib report {name} --source reference"
+    return (
+        f"make report PROFILE={name}"
+        if fresh
+        else f"python -m kelib report {name} --source reference"
+    )
 
 
 def _template() -> Any:

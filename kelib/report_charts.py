@@ -326,7 +326,9 @@ def _claims_chart(claims: pd.DataFrame | None) -> Chart | None:
     points = base.mark_point(size=95, strokeWidth=2).encode(
         x="scaled:Q",
         shape=_shape("rate", rates, "CL rate"),
-        fill=alt.condition("datum.tested", _colour("rate", rates, "CL rate"), alt.value("transparent")),
+        fill=alt.condition(
+            "datum.tested", _colour("rate", rates, "CL rate"), alt.value("transparent")
+        ),
         tooltip=tips,
     )
     return _chart(
@@ -398,9 +400,7 @@ def _values(rows: pd.DataFrame) -> Any:
     return alt.Data(values=json.loads(text))
 
 
-def _chart(
-    name: str, title: str, lead: str, description: str, drawn: Any, height: float
-) -> Chart:
+def _chart(name: str, title: str, lead: str, description: str, drawn: Any, height: float) -> Chart:
     """A specification as wide as its place, and the SVG of its first state."""
     import vl_convert
 

@@ -40,7 +40,7 @@ class Picture:
 
     @property
     def least(self) -> int:
-        """Width at which letters of 10 points are 10 CSS pixels high; figures are saved at 200 dpi."""
+        """Width at which letters of 10 points are 10 CSS pixels high; pictures have 200 dpi."""
         return round(self.width * 72 / 200)
 
 
@@ -91,15 +91,19 @@ def figure(name: str, tables: Tables, folder: Path, page: Path, fresh: bool) -> 
         again = command(name, tables.name)
         raise KelibError(f"no readable provenance {file}: delete it and run {again}") from error
     source = repository_root() / "notebooks" / f"{name}.ipynb"
-    executed = folder / f"{name}.ipynb" if fresh else source
-    if not executed.exists() or not fresh and shown_profile(source) != tables.name:
+    executed: Path | None = folder / f"{name}.ipynb" if fresh else source
+    if not (executed and executed.exists()) or (
+        executed == source and shown_profile(source) != tables.name
+    ):
         executed = None
     title, intro, questions = words(source)
     place = (page.parent, source.parent)
     label, paper = FIGURES.get(name, ("ours", "not reported"))
     here = number_in_words(name, tables) if name in FIGURES else None
+    files: list[tuple[str, Path | None]]
     files = [(what, folder / f"{name}.{kind}") for kind, what in FILES]
-    files += [("executed notebook", executed), ("notebook", source if executed != source else None)]
+    files.append(("executed notebook", executed))
+    files.append(("notebook", source if executed != source else None))
     picture = folder / f"{name}.png"
     return Figure(
         name=name,
@@ -126,7 +130,9 @@ def words(notebook: Path) -> tuple[str, str, list[str]]:
     try:
         cells = json.loads(notebook.read_text("utf-8"))["cells"]
     except (OSError, ValueError, KeyError) as error:
-        raise KelibError(f"no readable notebook {notebook}: git checkout {notebook.name}") from error
+        raise KelibError(
+            f"no readable notebook {notebook}: git checkout {notebook.name}"
+        ) from error
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     found = HEADING.match(texts[0].strip()) if texts else None
     if not found:
@@ -137,7 +143,7 @@ def words(notebook: Path) -> tuple[str, str, list[str]]:
 
 
 def outcome(notebook: Path) -> str:
-    """The last Markdown that an executed notebook printed: what came out. Empty if there is none."""
+    """The last Markdown that an executed notebook printed: what came out; empty without any."""
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     for cell in reversed(cells):
         for output in reversed(cell.get("outputs", [])):
@@ -165,7 +171,9 @@ def link(target: Path, page: Path) -> str:
     return Path(os.path.relpath(target, page.parent)).as_posix()
 
 
-def _origin(note: Mapping[str, Any], digest: str, inputs: Mapping[str, str]) -> list[tuple[str, str]]:
+def _origin(
+    note: Mapping[str, Any], digest: str, inputs: Mapping[str, str]
+) -> list[tuple[str, str]]:
     commit = str(note.get("commit", "unknown"))[:12]
     changed = " with changes not committed" if note.get("dirty") else ""
     found = [

@@ -26,7 +26,15 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 SIZES = {390: 844, 820: 1180, 1440: 900}  # width: height of a window, CSS pixels
 THEMES = ("light", "dark")
 SERIOUS = ("serious", "critical")
-PLACES = ("top", "claims", "explore", "chart-outcomes", "chart-claims", "paper", "ours")  # what is kept as a picture
+PLACES = (
+    "top",
+    "claims",
+    "explore",
+    "chart-outcomes",
+    "chart-claims",
+    "paper",
+    "ours",
+)  # what is kept as a picture
 EMPTY = """() => [...document.querySelectorAll('img, .chart.ready .live svg')]
   .filter(e => !e.getBoundingClientRect().width || !e.getBoundingClientRect().height
                || (e.tagName === 'IMG' && !e.naturalWidth))
@@ -68,7 +76,7 @@ def refuse(message: str) -> int:
 
 
 def install() -> None:
-    """The extra ``browser`` in a folder of its own, at the versions of the lock where it has one."""
+    """The extra ``browser`` in a folder of its own, at versions of the lock where it has them."""
     if not (EXTRA / ".ready").exists():
         project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
         print("kelib: fetching a browser driver and axe-core: 50 MB, 170 MB on disk, once")
@@ -188,8 +196,9 @@ def accessible(page: Any) -> Iterator[str]:
 
     for found in Axe().run(page).response["violations"]:
         if found["impact"] in SERIOUS:
-            node = found["nodes"][0]
-            yield f"axe {found['id']} ({found['impact']}, {len(found['nodes'])}): {node['html'][:160]}"
+            places = found["nodes"]
+            what = f"axe {found['id']} ({found['impact']}, {len(places)})"
+            yield f"{what}: {places[0]['html'][:160]}"
 
 
 def printed(browser: Any, file: Path, pictures: Path | None) -> Iterator[str]:
