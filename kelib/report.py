@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from kelib import __version__
-from kelib.config import repository_root
+from kelib.config import load_profile, repository_root
 from kelib.errors import KelibError
 from kelib.figure_stages import REGIMES, figures_of
 from kelib.published import published_profiles
@@ -106,8 +106,10 @@ def expected_figures(tables: Tables) -> list[str]:
     if tables.name in trajectory_profiles():
         continued = load_trajectory(tables.name).learning is not None
         return ["ours_trajectory", *(["ours_published_stages"] if continued else [])]
-    found = figures_of(tables.profile)
-    if tables.profile.comparison is None:  # its table is there, but without a second family
+    named = repository_root() / "notebooks" / "params" / f"{tables.name}.yaml"
+    profile = load_profile(tables.name) if named.exists() else tables.profile
+    found = figures_of(profile)
+    if profile.comparison is None:  # its table is there, but without a second family
         found = [name for name in found if name != "fig06_other_family"]
     return found
 
