@@ -219,9 +219,9 @@ def test_missing_figures_are_named_with_what_draws_them(small: Page) -> None:
 def test_words_of_another_profile_are_not_shown(small: Page, tmp_path: Path) -> None:
     """The committed notebook of Fig. 2 shows `study`: `small` has its own number, no words."""
     assert "What came out in words: run the command below." in small.text
-    other = figure(
-        "fig02_knowledge_entropy", open_tables("study"), DRAWN / "study", tmp_path / "x.html", False
-    )
+    name = "fig02_knowledge_entropy"
+    shutil.copy(DRAWN / "study" / f"{name}.json", tmp_path)
+    other = figure(name, open_tables("study"), tmp_path, tmp_path / "x.html", fresh=False)
     assert "fell in" in other.outcome_html and "5 of 5 seeds" in other.here
     assert other.outcome_html not in small.text
 
@@ -235,11 +235,12 @@ def test_expected_figures_of_every_kind() -> None:
 
 def test_fresh_figure_has_its_executed_notebook_and_a_warning_when_stale(tmp_path: Path) -> None:
     name, tables = "fig05_resuscitation", open_tables("small")
-    for file in (DRAWN / "small").glob(f"{name}.*"):
-        shutil.copy(file, tmp_path)
+    for kind in ("csv", "json", "pdf"):
+        shutil.copy(DRAWN / "small" / f"{name}.{kind}", tmp_path)
     shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path)
     shown = figure(name, tables, tmp_path, tmp_path / "report.html", fresh=True)
     assert ("executed notebook", f"{name}.ipynb") in shown.files and shown.warnings == []
+    assert ("PDF", f"{name}.pdf") in shown.files and shown.picture is None
     assert "q = 1 minus original" in shown.outcome_html and shown.questions
     note = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
     note["inputs"]["interventions"] = "0" * 64

@@ -105,6 +105,7 @@ def look(file: Path, program: str, pictures: Path | None) -> Iterator[str]:
                 page, said = opened(context, file)
                 yield from (f"{where}: {fault}" for fault in seen(page))
                 if width == max(SIZES) and theme == THEMES[0]:
+                    yield from pointing(page)
                     yield from (f"menus: {fault}" for fault in menus(page))
                     yield from links(page, file)
                     yield from keyboard(page)
@@ -166,6 +167,22 @@ def menus(page: Any) -> Iterator[str]:
             page.wait_for_timeout(300)
             if page.evaluate(MARKS, name) == before:
                 yield f"menu {place + 1} of {name} changes nothing"
+
+
+def pointing(page: Any) -> Iterator[str]:
+    """At a point of a chart its values must be shown."""
+    for chart in page.query_selector_all(".chart"):
+        points = chart.query_selector_all(".live svg .mark-symbol[aria-roledescription] path")
+        box = points[-1].bounding_box() if points else None
+        if box:
+            points[-1].scroll_into_view_if_needed()
+            box = points[-1].bounding_box()
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            page.wait_for_timeout(400)
+        if not page.query_selector("#vg-tooltip-element.visible td.value"):
+            yield f"no values are shown at a point of {chart.get_attribute('id')}"
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(200)
 
 
 def links(page: Any, file: Path) -> Iterator[str]:
