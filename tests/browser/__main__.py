@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -42,6 +42,8 @@ EMPTY = """() => [...document.querySelectorAll('img, .chart.ready .live svg')]
 STILL = """() => [...document.querySelectorAll('.still svg')]
   .filter(e => !e.getBoundingClientRect().height).map(e => e.closest('article').id)"""
 WIDE = """() => document.documentElement.scrollWidth - window.innerWidth"""
+SHOWN = "#vg-tooltip-element.visible td.value"
+PATIENCE = 300  # tenths of a second
 MARKS = """id => [...document.querySelectorAll(`#${id} .live svg path`)]
   .map(e => (e.getAttribute('d') || '') + e.getAttribute('transform')).join()"""
 
@@ -149,7 +151,7 @@ def seen(page: Any) -> Iterator[str]:
         chart.scroll_into_view_if_needed()
         name = chart.get_attribute("id")
         try:
-            page.wait_for_selector(f"#{name} .live svg", timeout=20_000)
+            page.wait_for_selector(f"#{name} .live svg", timeout=100 * PATIENCE)
         except Exception as error:  # the driver's own class is not importable by name here
             yield f"{name} was not drawn: {str(error).splitlines()[0]}"
     yield from (f"no size: {name}" for name in page.evaluate(EMPTY))
@@ -164,8 +166,7 @@ def menus(page: Any) -> Iterator[str]:
         for place, menu in enumerate(chart.query_selector_all("select")):
             before = page.evaluate(MARKS, name)
             menu.select_option(index=menu.evaluate("e => e.options.length") - 1)
-            page.wait_for_timeout(300)
-            if page.evaluate(MARKS, name) == before:
+            if not comes(lambda: page.evaluate(MARKS, name) != before, page):  # noqa: B023
                 yield f"menu {place + 1} of {name} changes nothing"
 
 
@@ -173,16 +174,23 @@ def pointing(page: Any) -> Iterator[str]:
     """At a point of a chart its values must be shown."""
     for chart in page.query_selector_all(".chart"):
         points = chart.query_selector_all(".live svg .mark-symbol[aria-roledescription] path")
-        box = points[-1].bounding_box() if points else None
-        if box:
+        if points:
             points[-1].scroll_into_view_if_needed()
             box = points[-1].bounding_box()
             page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            page.wait_for_timeout(400)
-        if not page.query_selector("#vg-tooltip-element.visible td.value"):
+        if not points or not comes(lambda: page.query_selector(SHOWN), page):
             yield f"no values are shown at a point of {chart.get_attribute('id')}"
         page.mouse.move(0, 0)
-        page.wait_for_timeout(200)
+        comes(lambda: not page.query_selector(SHOWN), page)
+
+
+def comes(true: Callable[[], Any], page: Any) -> bool:
+    """Whether something becomes true while the page is given time, on a busy machine too."""
+    for _ in range(PATIENCE):
+        if true():
+            return True
+        page.wait_for_timeout(100)
+    return False
 
 
 def links(page: Any, file: Path) -> Iterator[str]:
