@@ -19,8 +19,9 @@ from kelib.published import published_profiles
 from kelib.readme import controls_markdown, protocol_markdown
 from kelib.readme_figures import FIGURES
 from kelib.reference import SEARCH
-from kelib.report_charts import charts, primary, script
+from kelib.report_charts import charts, script
 from kelib.report_figures import Figure, command, figure, link
+from kelib.report_rows import primary
 from kelib.report_text import html
 from kelib.results import Tables, open_tables
 from kelib.tables import read_provenance, write_atomically
@@ -76,7 +77,7 @@ def build_report(
     text = _template().render(
         profile=name,
         fresh=fresh,
-        seeds=list(tables.seeds),
+        lead=_lead(tables),
         claims=[] if claims is None else claims_rows(claims),
         no_claims="" if claims is not None else why_no_claims(tables, wanted),
         verdicts=VERDICTS,
@@ -137,6 +138,15 @@ def claims_rows(claims: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _lead(tables: Tables) -> str:
+    name, seeds = tables.name, ", ".join(map(str, tables.seeds))
+    if name in published_profiles() or name in trajectory_profiles():
+        return "Models that were pretrained elsewhere, each of them one run."
+    if len(tables.seeds) == 1:
+        return f"One pretraining seed ({seeds}): what it shows is indicative at most."
+    return f"{len(tables.seeds)} pretraining seeds ({seeds})."
 
 
 def _mark(verdict: Any) -> str:

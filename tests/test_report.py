@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pandas as pd
 import pytest
 
-from kelib import report_charts
+from kelib import report_rows
 from kelib.errors import KelibError
 from kelib.report import build_report, expected_figures
 from kelib.report_figures import command, figure
@@ -155,6 +155,7 @@ def test_page_fetches_nothing_and_holds_its_pictures(page: Page) -> None:
 def test_ids_are_unique_and_headings_in_order(page: Page) -> None:
     assert sorted({name for name in page.ids if page.ids.count(name) > 1}) == []
     levels = [level for level, _ in page.headings]
+    assert not re.search(r"[a-z][.:][A-Z]", page.text.split("<main")[0].split("</style>")[1])
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
     assert all(text.strip() for _, text in page.headings)
@@ -197,7 +198,7 @@ def test_a_profile_without_claims_says_why(page: Page) -> None:
 
 def test_claims_are_those_of_the_table(small: Page) -> None:
     claims = pd.read_csv(DRAWN / "small" / "tab00_claims.csv")
-    shown = report_charts.primary(claims)
+    shown = report_rows.primary(claims)
     assert 0 < len(shown) < len(claims)
     cells = small.cells[: 7 * len(shown)]
     for place, row in enumerate(shown.itertuples()):
@@ -280,7 +281,7 @@ def test_markdown_is_safe_and_its_links_are_seen_from_the_page(tmp_path: Path) -
 
 def test_entropy_rows_sum_the_layers_of_each_checkpoint() -> None:
     tables = open_tables("small")
-    rows, entropy = report_charts.entropy_rows(tables), tables.table("entropy")
+    rows, entropy = report_rows.entropy_rows(tables), tables.table("entropy")
     assert rows is not None
     total = rows[rows["choice"] == "sum over layers"].set_index("x")["nats"]
     expected = entropy.groupby("step")["entropy_nats"].sum()
@@ -300,7 +301,7 @@ def test_entropy_rows_sum_the_layers_of_each_checkpoint() -> None:
     ],
 )
 def test_entropy_rows_of_other_kinds(profile: str, choice: str, series: str) -> None:
-    rows = report_charts.entropy_rows(open_tables(profile))
+    rows = report_rows.entropy_rows(open_tables(profile))
     assert rows is not None and choice in set(rows["choice"]) and series in set(rows["series"])
     assert rows["nats"].between(0, rows["bound"]).all()
     assert not rows.duplicated(["x", "series", "choice"]).any()
@@ -308,7 +309,7 @@ def test_entropy_rows_of_other_kinds(profile: str, choice: str, series: str) -> 
 
 def test_outcome_rows_are_means_over_cl_seeds_less_their_controls() -> None:
     tables = open_tables("small")
-    rows, runs = report_charts.outcome_rows(tables), tables.table("continual")
+    rows, runs = report_rows.outcome_rows(tables), tables.table("continual")
     assert rows is not None
     one = rows.iloc[0]
     same = (runs["stage_step"] == one["stage_step"]) & (
@@ -333,7 +334,7 @@ def values(spec: dict) -> Iterator[dict]:
 
 def test_effects_are_drawn_in_the_papers_direction(small: Page) -> None:
     claims = pd.read_csv(DRAWN / "small" / "tab00_claims.csv")
-    shown = report_charts.primary(claims)
+    shown = report_rows.primary(claims)
     found = [row for spec in small.specs for row in values(spec) if "scaled" in row]
     rows = {(row["statement"], row["rate"]): row for row in found}
     assert len(rows) == len(shown) and {-1, 1} == set(shown["direction"])
