@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from kelib.config import repository_root
-from kelib.errors import KelibError
+from kelib.errors import KelibError, listing
 from kelib.readme_figures import FIGURES
 from kelib.readme_words import number_in_words
 from kelib.reference import SEARCH, shown_profile
 from kelib.report_text import html, plain
-from kelib.results import Tables
+from kelib.results import Tables, read_figure_note
 from kelib.tables import read_provenance
 
 HEADING = re.compile(r"^#\s+(.+)$", re.MULTILINE)
@@ -80,16 +80,14 @@ def figure(name: str, tables: Tables, folder: Path, page: Path, fresh: bool) -> 
     """The figure ``name`` in ``folder``, with links as they stand in the file ``page``.
 
     ``fresh`` figures have their executed notebook beside them; for those of the reference it is the
-    committed notebook, if that shows this profile. Raises KelibError if the provenance is not
-    readable.
+    committed notebook, if that shows this profile. Raises KelibError if its numbers or
+    its provenance are not those that were written.
     """
     file = folder / f"{name}.json"
-    try:
-        note = json.loads(file.read_text("utf-8"))
-        inputs, digest = note["inputs"], note["digest"]
-    except (OSError, ValueError, KeyError) as error:
+    note = read_figure_note(file)
+    if missing := {"inputs", "digest"} - set(note):
         again = command(name, tables.name)
-        raise KelibError(f"no readable provenance {file}: delete it and run {again}") from error
+        raise KelibError(f"{file} names no {listing(missing)}: delete it and run {again}")
     source = repository_root() / "notebooks" / f"{name}.ipynb"
     executed: Path | None = folder / f"{name}.ipynb" if fresh else source
     if not (executed and executed.exists()) or (
@@ -118,8 +116,8 @@ def figure(name: str, tables: Tables, folder: Path, page: Path, fresh: bool) -> 
         alt=f"{title}. {here + '. ' if here else ''}The plotted numbers are in {name}.csv.",
         files=[(what, link(at, page)) for what, at in files if at is not None and at.exists()],
         command=command(name, tables.name),
-        origin=_origin(note, digest, inputs),
-        warnings=_warnings(inputs, tables),
+        origin=_origin(note),
+        warnings=_warnings(note["inputs"], tables),
     )
 
 
@@ -171,16 +169,15 @@ def link(target: Path, page: Path) -> str:
     return Path(os.path.relpath(target, page.parent)).as_posix()
 
 
-def _origin(
-    note: Mapping[str, Any], digest: str, inputs: Mapping[str, str]
-) -> list[tuple[str, str]]:
+def _origin(note: Mapping[str, Any]) -> list[tuple[str, str]]:
+    inputs = sorted(note["inputs"].items())
     commit = str(note.get("commit", "unknown"))[:12]
     changed = " with changes not committed" if note.get("dirty") else ""
     found = [
         ("pretraining seeds", ", ".join(map(str, note.get("seeds", [])))),
-        ("digest, as in its corner", digest),
+        ("digest, as in its corner", note["digest"]),
         ("commit", commit + changed),
-        ("tables", ", ".join(f"{name} {sha[:12]}" for name, sha in sorted(inputs.items()))),
+        ("tables", ", ".join(f"{name} {sha[:12]}" for name, sha in inputs)),
     ]
     versions = note.get("versions", {})
     found.append(("versions", ", ".join(f"{name} {versions[name]}" for name in sorted(versions))))

@@ -23,7 +23,8 @@ from kelib.errors import KelibError
 from kelib.report import build_report, expected_figures
 from kelib.report_figures import command, figure
 from kelib.report_text import html, plain
-from kelib.results import open_tables
+from kelib.results import open_tables, read_figure_note
+from kelib.seals import sealed
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWN = ROOT / "figures" / "reference"
@@ -221,7 +222,8 @@ def test_words_of_another_profile_are_not_shown(small: Page, tmp_path: Path) -> 
     """The committed notebook of Fig. 2 shows `study`: `small` has its own number, no words."""
     assert "What came out in words: run the command below." in small.text
     name = "fig02_knowledge_entropy"
-    shutil.copy(DRAWN / "study" / f"{name}.json", tmp_path)
+    for kind in ("csv", "json"):
+        shutil.copy(DRAWN / "study" / f"{name}.{kind}", tmp_path)
     other = figure(name, open_tables("study"), tmp_path, tmp_path / "x.html", fresh=False)
     assert "fell in" in other.outcome_html and "5 of 5 seeds" in other.here
     assert other.outcome_html not in small.text
@@ -243,16 +245,20 @@ def test_fresh_figure_has_its_executed_notebook_and_a_warning_when_stale(tmp_pat
     assert ("executed notebook", f"{name}.ipynb") in shown.files and shown.warnings == []
     assert ("PDF", f"{name}.pdf") in shown.files and shown.picture is None
     assert "q = 1 minus original" in shown.outcome_html and shown.questions
-    note = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+    note = read_figure_note(tmp_path / f"{name}.json")
     note["inputs"]["interventions"] = "0" * 64
-    (tmp_path / f"{name}.json").write_text(json.dumps(note), encoding="utf-8")
+    (tmp_path / f"{name}.json").write_text(json.dumps(sealed(note)), encoding="utf-8")
     shown = figure(name, tables, tmp_path, tmp_path / "report.html", fresh=True)
     assert shown.warnings == [
         "Drawn from another interventions.csv than the one that is there now."
     ]
     (tmp_path / f"{name}.json").write_text("{}", encoding="utf-8")
     again = f"delete it and run make figures/small/{name}.json PROFILE=small"
-    with pytest.raises(KelibError, match=re.escape(again)):
+    with pytest.raises(KelibError, match=re.escape(f"names no digest, inputs: {again}")):
+        figure(name, tables, tmp_path, tmp_path / "report.html", fresh=True)
+    (tmp_path / f"{name}.csv").write_text("changed", encoding="utf-8")
+    shutil.copy(DRAWN / "small" / f"{name}.json", tmp_path)
+    with pytest.raises(KelibError, match="changed after it was drawn"):
         figure(name, tables, tmp_path, tmp_path / "report.html", fresh=True)
 
 
