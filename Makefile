@@ -7,10 +7,11 @@ include env.mk
 
 # the code that computes; drawing, claims and notebooks are not part of it
 PLOTS := $(wildcard kelib/plots*.py)
+REPORT := $(wildcard kelib/report*.py)
 OWN := $(addprefix kelib/,own_model.py own_model_jobs.py)
 TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py continued.py continued_profile.py \
 	continued_jobs.py continued_intervals.py known.py learning_text.py learning.py learning_inputs.py sharding.py sharded_states.py)
-COMPUTE := $(filter-out $(PLOTS) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
+COMPUTE := $(filter-out $(PLOTS) $(REPORT) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py readme_words.py readme_faults.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
 	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py \
 	table_layouts.py tolerances.py comparison.py variation.py changed_claims.py verify.py verify_command.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
@@ -51,10 +52,10 @@ DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associati
 	tables.py config.py sections.py study.py)
 
 .PHONY: help figures study test test-stages test-figures torture check format data plan audit status notebooks bench reference verify \
-	clean search lab
+	clean search lab report check-report
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile env.mk
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile env.mk
 
 figures: $(FIGURES:%=$(OUT)/%.json) ## environment, data, study and figures of a profile
 	@echo "figures of profile $(PROFILE): $(OUT)"
@@ -106,6 +107,12 @@ $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
 
 $(PARAMS): | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
+
+report: figures ## one page of a profile: claims, charts, every figure (figures/<profile>/report.html)
+	@$(PY) -m kelib report $(PROFILE) $(FIGURES)
+
+check-report: report ## open that page in a headless Chromium and look for faults (fetches 50 MB once)
+	@$(PY) -m tests.browser $(OUT)/report.html
 
 study: ## five pretraining seeds, needed for verdicts (profile study, two to four hours)
 	@$(MAKE) --no-print-directory figures PROFILE=study

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kelib.errors import KelibError, lacks_memory
+from kelib.errors import KelibError, lacks_memory, listing
 from kelib.redaction import hide_in_logs
 
 
@@ -122,6 +122,19 @@ def _reference(arguments: argparse.Namespace) -> None:
     from kelib.reference import promote
 
     promote(arguments.profile)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from kelib.report import build_report
+
+    built = build_report(arguments.profile, arguments.source, arguments.output, arguments.figures)
+    size = built.file.stat().st_size / 1e6
+    print(
+        f"{built.file}: {len(built.figures)} figures, {len(built.charts)} charts, {size:.1f} MB, "
+        "opens from disk"
+    )
+    if built.missing:
+        print(f"not drawn yet: {listing(built.missing, 50)}; the page says how")
 
 
 def _execute(arguments: argparse.Namespace) -> None:
@@ -239,6 +252,12 @@ def main(arguments: list[str] | None = None) -> int:
     one = commands.add_parser("plan", help="what a profile will cost, before anything is done")
     _add_plan(one)
     one.set_defaults(do=_plan)
+    one = commands.add_parser("report", help="one page of a profile's claims and figures")
+    one.add_argument("profile")
+    one.add_argument("figures", nargs="*", help="that it should have (default: all of the profile)")
+    one.add_argument("--source", default="measurements", help="measurements (default) or reference")
+    one.add_argument("--output", type=Path, help="default: figures/PROFILE/report.html")
+    one.set_defaults(do=_report)
     one = commands.add_parser("execute", help="run notebooks in place, with their own parameters")
     one.add_argument("notebooks", nargs="*", help="default: all of them")
     one.set_defaults(do=_execute)

@@ -41,6 +41,21 @@ def in_words(name: str, tables: Tables) -> str:
     return _entropies_words(name, tables)
 
 
+# figures whose words here are of one published model, or of models that mean nothing
+_OF_ONE = {
+    "ours_published": "smollm2",
+    "ours_trajectory": "trajectory_smoke",
+    "ours_published_stages": "trajectory_smoke",
+}
+
+
+def number_in_words(name: str, tables: Tables) -> str | None:
+    """:func:`in_words` for tables of any profile; None where it says no number of theirs."""
+    if name in _IN_THE_NOTEBOOK or _OF_ONE.get(name, tables.name) != tables.name:
+        return None
+    return in_words(name, tables)
+
+
 def _of_seeds(changes: list[float]) -> str:
     return f", down in {sum(c < 0 for c in changes)} of {len(changes)} seeds"
 

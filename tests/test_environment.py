@@ -168,7 +168,8 @@ def third_party_imports(path: Path) -> set[tuple[str, bool]]:
     return found
 
 
-IMPORT_NAMES = {"yaml": "pyyaml"}  # where the module is not called as its distribution is
+# where the module is not called as its distribution is
+IMPORT_NAMES = {"yaml": "pyyaml", "PIL": "pillow", "vl_convert": "vl-convert-python"}
 MODULES = sorted((ROOT / "kelib").glob("**/*.py"))
 
 
