@@ -72,7 +72,7 @@ def sliders(effects: Effects, ratio: float, factor: float, layer: int, live: boo
     table. An ipywidgets box of the three sliders, the line and the picture. What a model cannot
     undergo (see :func:`kelib.resuscitate`) is said in the line.
     """
-    import ipywidgets as widgets
+    import ipywidgets as widgets  # type: ignore[import-untyped]
     from matplotlib import pyplot as plt
 
     before = effects.at(0.0, 1.0)
