@@ -14,7 +14,8 @@ TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_
 COMPUTE := $(filter-out $(PLOTS) $(REPORT) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
 	readme.py readme_figures.py readme_words.py readme_faults.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
 	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py \
-	table_layouts.py tolerances.py comparison.py variation.py changed_claims.py verify.py verify_command.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
+	table_layouts.py tolerances.py comparison.py variation.py changed_claims.py verify.py verify_command.py \
+	memories.py doctor.py sliders.py api_pages.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -25,7 +26,7 @@ EARLY = $(shell grep -l 'name: early stages' '$(PARAMS)' 2>/dev/null)
 # figures by the stage after which they can be drawn
 AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig07_data_sets fig08_layers fig09_definitions \
 	fig10_entities ours_convergence ours_plasticity_panel $(if $(call has,comparison),fig06_other_family)
-AFTER_3 := fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting ours_release \
+AFTER_3 := fig01_overview fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting ours_release \
 	$(if $(call has,variants),fig13_corpora tab01_protocols ours_confounds) $(if $(EARLY),fig14_whole_pretraining) $(if $(call has,curve_seeds),ours_learning_curves)
 AFTER_4 := fig05_resuscitation tab00_claims ours_correlations $(if $(call has,arms),ours_interventions fig15_ratio \
 	fig16_resuscitation_stages fig18_attention_temperature)
@@ -51,8 +52,8 @@ endif
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
 	tables.py config.py sections.py study.py)
 
-.PHONY: help figures study test test-stages test-figures torture check format data plan audit status notebooks bench reference verify \
-	clean search lab report check-report
+.PHONY: help figures study test test-stages test-figures torture check format data plan memories audit status notebooks bench reference verify \
+	report check-report clean search doctor docs lab
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile env.mk
@@ -123,6 +124,9 @@ data: | $(READY) ## fetch and verify the text of a profile, nothing else
 plan: | $(READY) ## what a profile will cost: runs, downloads, disk, FLOPs, hours, by figure
 	@$(PY) -m kelib plan $(PROFILE) $(FIGURES)
 
+memories: | $(READY) ## single layers of SmolLM2 for notebooks/00_start_here (fetches 98 MB)
+	@$(PY) -m kelib memories
+
 audit: | $(READY) ## published checkpoints of MODEL: whole, duplicated, changed? (make audit MODEL=olmo-1b)
 	@$(PY) -m kelib audit $(MODEL)
 
@@ -154,6 +158,9 @@ search: | $(READY) ## the search that chose the small model's regime (90 minutes
 	@$(RUN) notebooks/stages/0_search.ipynb figures/search/0_search.ipynb -p scratch=false
 	@$(RUN) notebooks/ours_search.ipynb figures/search/ours_search.ipynb -p source=measurements
 
+docs: | $(READY) ## the API reference from the docstrings, into docs/api (no network)
+	@$(PY) -m kelib docs docs/api
+
 notebooks: | $(READY) ## run all committed notebooks again, in place
 	@$(PY) -m kelib execute
 
@@ -171,6 +178,9 @@ reference: figures ## promote a finished profile to data/reference and figures/r
 
 verify: | $(READY) ## fresh measurements beside the reference, quantity by quantity; fails on a real difference
 	@$(PY) -m kelib verify $(PROFILE) $(VERIFY)
+
+doctor: ## what is missing on this machine, and how to mend it
+	@$(if $(shell test -x '$(PY)' && echo yes),$(PY),$(PYTHON)) -m kelib doctor $(if $(READY),--environment '$(VENV)')
 
 lab: | $(READY) ## open the notebooks in JupyterLab
 	@$(PY) -m jupyter lab --notebook-dir=notebooks

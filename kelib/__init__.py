@@ -29,4 +29,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kelib' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"kelib.{_PUBLIC[name]}"), name)
+    value = getattr(importlib.import_module(f"kelib.{_PUBLIC[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value

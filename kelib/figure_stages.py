@@ -27,6 +27,7 @@ STAGE_OF = {
 }
 IN_TURN = (1, 2, 3, 4)  # each of these rests on those before it, and 6 and 7 on all of them
 ALONE = (9,)  # rests on no other
+OTHERS = ("00_start_here", "ours_search", "ours_sliders")  # notebooks of no profile's figures
 
 
 def stages_behind(figures: Iterable[str]) -> set[int]:
@@ -71,7 +72,7 @@ def figures_of(profile: Profile) -> list[str]:
     tables, found = tables_of(profile), []
     for path in sorted((repository_root() / "notebooks").glob("*.ipynb")):
         needed = figure_tables(path.stem)
-        if needed and needed <= tables and path.stem != "ours_search":
+        if needed and needed <= tables and path.stem not in OTHERS:
             found.append(path.stem)
     return found
 

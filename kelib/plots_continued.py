@@ -9,6 +9,7 @@ learning.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,7 +71,7 @@ def stage_panel(
     for index, key in enumerate(there):
         part = lines[lines["line"] == key]
         x = [steps.index(s) + 0.07 * (index - (len(there) - 1) / 2) for s in part["stage_step"]]
-        bars = {"color": COLOURS[index % 7], "lw": 0.9}
+        bars: dict[str, Any] = {"color": COLOURS[index % 7], "lw": 0.9}
         ax.vlines(x, scale * part["low"], scale * part["high"], label="_items", **bars)
     ends = scale * lines[["value", "low", "high"]].to_numpy(float).ravel()
     ends = np.append(ends, 0.0) if zero else ends

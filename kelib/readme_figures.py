@@ -13,6 +13,7 @@ from kelib.tables import read_provenance
 from kelib.trajectory_profile import load_trajectory, trajectory_profiles
 
 FIGURES = {
+    "fig01_overview": ("1", "a sketch: entropy and acquisition fall, forgetting rises"),
     "fig02_knowledge_entropy": ("2", "about -0.5 nats"),
     "fig03_attention_next_token": ("3", "both fall, next-token about 2.8 to 2.4 nats"),
     "fig04_stages": ("4", "A 25.2 → 18.8 %, F (raw) 10.5 → 19.5 %"),
@@ -101,6 +102,7 @@ _STAGES = {
     **{name: ("arms",) for name in _ARMS},
     **{name: ("shares",) for name in _MECHANISM},
     **{name: ("branches", "branch_entropy", "branch_learning") for name in _BRANCHES},
+    "fig01_overview": (),
     "fig05_resuscitation": ("interventions",),
     "ours_correlations": ("continual",),
     "ours_retention": ("retention",),

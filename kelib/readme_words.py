@@ -110,6 +110,15 @@ def _arrow(values: pd.Series, decimals: int = 1, scale: float = 100) -> str:
     return f"{scale * values.iloc[0]:.{decimals}f} → {scale * values.iloc[1]:.{decimals}f}"
 
 
+def _overview_words(tables: Tables) -> str:
+    ends = _ends(tables, ["entropy_pt", "acquisition", "forgetting"])
+    first, last = ends.iloc[0], ends.iloc[1]
+    entropy = f"entropy {last['entropy_pt'] - first['entropy_pt']:+.2f} nats"
+    moves = [100 * (last[name] - first[name]) for name in ("acquisition", "forgetting")]
+    changes = f"{entropy}, A {moves[0]:+.1f}, F {moves[1]:+.1f} points"
+    return f"{_first_rate(tables)}, last minus first stage: {changes}"
+
+
 def _stages_words(tables: Tables) -> str:
     ends = _ends(tables, ["acquisition", "forgetting_over_chance"])
     acquired, lost = _arrow(ends["acquisition"]), _arrow(ends["forgetting_over_chance"])
@@ -167,6 +176,7 @@ def _resuscitation_words(tables: Tables) -> str:
 
 
 _WORDS: dict[str, Callable[[Tables], str]] = {
+    "fig01_overview": _overview_words,
     "fig04_stages": _stages_words,
     "fig05_resuscitation": _resuscitation_words,
     "fig10_entities": _entities_words,

@@ -5,27 +5,31 @@ from __future__ import annotations
 import ast
 import os
 from pathlib import Path
+from typing import Any
 
 from kelib.config import repository_root
 from kelib.errors import KelibError, listing
+from kelib.memories import REFERENCE as MEMORIES
 from kelib.readme import refresh_readme
 from kelib.redaction import hidden
 from kelib.results import Tables, open_tables, promote_files, read_figure_note
 from kelib.schema import require_name
+from kelib.sliders import REFERENCE as SLIDERS
 from kelib.tables import check_vectors, read_provenance, read_table, write_atomically
 
 SEARCH, BENCH = "search", "bench"
+ALONE = (BENCH, MEMORIES, SLIDERS)  # tables of no profile, without figures
 
 
 def promote(name: str) -> None:
     """Copy measurements to ``data/reference/<name>`` and figures to ``figures/reference/<name>``.
 
-    ``name`` is a profile, ``search``, or ``bench``, which has no figures. Measurements are tables,
-    their provenance and mean-coefficient vectors: no weights, no text. Stages that were not run are
-    left out, and so are their figures. Then the notebooks that show these numbers when opened
-    without parameters are executed in place, and the generated parts of the README are written
-    anew. Raises KelibError if nothing was measured or drawn, if a table was changed after it was
-    written, or if a figure was drawn from other tables.
+    ``name`` is a profile, ``search``, or one of :data:`ALONE`, which have no figures. Measurements
+    are tables, their provenance and vectors of coefficients: no weights, no text. Stages that were
+    not run are left out, and so are their figures. Then the notebooks that show these numbers when
+    opened without parameters are executed in place, and the generated parts of the README are
+    written anew. Raises KelibError if nothing was measured or drawn, if a table was changed after
+    it was written, or if a figure was drawn from other tables.
     """
     require_name("profile", name)
     root = repository_root()
@@ -38,8 +42,12 @@ def promote(name: str) -> None:
         read_table(measured / f"{table}.csv")  # complete and as written
         check_vectors(measured / f"{table}.csv")
     tables_of = [measured / f"{t}{suffix}" for t in tables for suffix in (".csv", ".json")]
-    if name == BENCH:
-        promote_files(tables_of, root / "data" / "reference" / name)
+    vectors = sorted(measured.glob("coefficients-*.safetensors"))
+    if name in ALONE:
+        promote_files([*tables_of, *vectors], root / "data" / "reference" / name)
+        for notebook in sorted((root / "notebooks").glob("*.ipynb")):
+            if name in _parameters(notebook).values():
+                execute_in_place(notebook)
         print(f"promoted {name}: {len(tables)} tables; commit data")
         return
     for table in tables:
@@ -49,10 +57,7 @@ def promote(name: str) -> None:
                 f"{table}.csv was made by profile {made_with}, not {name}; run it again"
             )
     figures = _drawn_figures(name, drawn, measured)
-    promote_files(
-        [*tables_of, *sorted(measured.glob("coefficients-*.safetensors"))],
-        root / "data" / "reference" / name,
-    )
+    promote_files([*tables_of, *vectors], root / "data" / "reference" / name)
     wanted = [p for made in figures for p in drawn.glob(f"{made.stem}.*") if p.suffix != ".ipynb"]
     promote_files(sorted(wanted), root / "figures" / "reference" / name)
     for notebook in sorted((root / "notebooks").glob("*.ipynb")):
@@ -78,16 +83,23 @@ def refresh(root: Path) -> None:
 
 def shown_profile(notebook: Path) -> str | None:
     """The profile that a figure notebook shows when opened without parameters (its default)."""
-    import nbformat
-
     if notebook.stem == "ours_search":  # which has a set of profiles, not one
         return SEARCH
+    profile = _parameters(notebook).get("profile")
+    return None if profile is None else str(profile)
+
+
+def _parameters(notebook: Path) -> dict[str, Any]:
+    """The literals of the cell tagged ``parameters``."""
+    import nbformat
+
+    found = {}
     for cell in nbformat.read(notebook, as_version=4).cells:
         if "parameters" in cell.metadata.get("tags", []):
             for node in ast.parse(cell.source).body:
-                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "profile":
-                    return str(ast.literal_eval(node.value))
-    return None
+                if isinstance(node, ast.Assign):
+                    found[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
+    return found
 
 
 def _drawn_figures(name: str, drawn: Path, measured: Path) -> list[Path]:
@@ -112,6 +124,8 @@ def execute_in_place(notebook: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    from kelib.plots_light import lighten
+
     content = nbformat.read(notebook, as_version=4)
     place = {"metadata": {"path": str(notebook.parent)}}
     os.environ.setdefault("KELIB_PROGRESS", "lines")  # a bar would leave each of its states behind
@@ -124,6 +138,7 @@ def execute_in_place(notebook: Path) -> None:
         extra_arguments=quiet,
         coalesce_streams=True,  # else the pieces that one cell prints in differ from run to run
     ).execute()
+    lighten(content.cells)
     for cell in content.cells:  # timings and machine-dependent notes would change at each run
         cell.metadata.pop("execution", None)
     content.metadata["language_info"] = {"name": "python"}

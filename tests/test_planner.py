@@ -108,7 +108,8 @@ def test_figures_of_a_profile_are_those_whose_tables_it_writes():
     assert {"fig04_stages", "ours_retention", "ours_annealing", "ours_learning_curves"} <= smoke
     assert "ours_regimes" in smoke - small
     assert "fig04_stages" in small and not {"ours_retention", "fig15_ratio"} & small
-    assert not {"ours_search", "ours_published"} & smoke
+    assert not {"ours_search", "ours_published", "ours_sliders", "00_start_here"} & smoke
+    assert "fig01_overview" in small
 
 
 def test_a_profile_that_names_its_figures_plans_what_is_behind_them_alone(tmp_path):
