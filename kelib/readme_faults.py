@@ -46,7 +46,7 @@ def _machines(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.csv")):
         table = read_table(path)
         median, largest = np.median(table["spread"]), table["spread"].max()
-        most = table.loc[table["spread"].idxmax()]
+        most: Any = table.iloc[int(np.argmax(table["spread"]))]
         than = "less than another seed" if largest < 1 else "in places as much as another seed"
         lines += [
             "",
@@ -66,7 +66,7 @@ def _arithmetic(root: Path) -> list[str]:
     parts = []
     rows: Any  # groups have no types of their own
     for case, rows in read_table(path).groupby("case", sort=False):
-        worst = rows.loc[rows["mean_of_range"].idxmax()]
+        worst: Any = rows.iloc[int(np.argmax(rows["mean_of_range"]))]
         parts.append(
             f"{case}: {len(rows)} quantities, in the mean by at most {worst['mean_of_range']:.1e} "
             f"of the range of one ({worst['table']}, {worst['quantity']})"
