@@ -33,6 +33,8 @@ from kelib.variation import read_variation
 # A profile of one seed, and the one with more seeds of the same model and protocol
 LIKE = {"small": "study"}
 SHARED_OUT = ("workers", "executor", "cache_gib", "profile", "published", "trajectory", "figures")
+# folders of data/reference with tables that are of no profile
+NO_PROFILES = {"bench", "machines", "memories", "sliders", "torture"}
 
 
 @dataclass
@@ -84,7 +86,7 @@ def compare(profile: str, against: Path | None = None, accept: Collection[str] =
         raise KelibError(
             f"nothing to compare: {folders['reference']} has {listing(names['reference'])}, "
             f"{folders['fresh']} has {listing(names['fresh'])}; run make figures PROFILE={profile} "
-            f"first; there are references of {listing(known - {'bench', 'machines'})}"
+            f"first; there are references of {listing(known - NO_PROFILES)}"
         )
     report = Report(profile, folders["reference"], folders["fresh"])
     for side in folders:

@@ -280,12 +280,12 @@ def test_the_commit_is_in_the_name_of_what_rests_on_it(
 ) -> None:
     profile = load_profile("smoke")
     corpus = dataclasses.replace(profile.corpus, domain=("hub:corpus",))
-    study = Study(dataclasses.replace(profile, corpus=corpus), tmp_path)
-    before = study.corpus_run(0)
+    profile_of_hub = dataclasses.replace(profile, corpus=corpus)
+    before = Study(profile_of_hub, tmp_path).corpus_run(0)
     assert set(before.inputs) == {"hub:corpus"}
-    assert study.corpus_run(0).digest == before.digest
+    assert Study(profile_of_hub, tmp_path).corpus_run(0).digest == before.digest
     write_rows(monkeypatch, tmp_path, ROW | {"revision": "1" * 40})
-    assert study.corpus_run(0).digest != before.digest
+    assert Study(profile_of_hub, tmp_path).corpus_run(0).digest != before.digest
     assert Study(profile, tmp_path).corpus_run(0).inputs == {}
 
 

@@ -99,7 +99,7 @@ def test_figures_rest_on_the_stages_before_theirs(study, even):
     assert table["runs"].tolist() == table["open"].tolist() == expected
     first = runs[runs["stage"] <= 2]["seconds"].sum() / 3600
     assert table["hours"].iloc[0] == pytest.approx(first)
-    with pytest.raises(KelibError, match=r"no notebook fig99.ipynb; notebooks has fig02"):
+    with pytest.raises(KelibError, match=r"no notebook fig99.ipynb; notebooks has 00_start"):
         figures_table(runs, ["fig99"])
 
 

@@ -104,7 +104,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert "report.html: 4 figures, 3 charts, " in said[0] and "opens from disk" in said[0]
-    assert said[1].startswith("not drawn yet: fig03") and "fig08_layers" in said[1]
+    assert said[1].startswith("not drawn yet: fig01") and "fig08_layers" in said[1]
     assert len(said) == len(PROFILES) + 1  # of the others nothing is missing
     return {profile: Page(file) for profile, file in files.items()}
 
