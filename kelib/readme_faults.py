@@ -4,6 +4,7 @@ tables of ``data/reference/torture`` and ``data/reference/machines``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def _machines(folder: Path) -> list[str]:
             f"differ in {len(table)} measured quantities by {median:.2f} standard deviations "
             "between pretraining seeds (median of root mean squares), by at most "
             f"{largest:.2f} ({most['table']}, {most['quantity']}): {than}.",
+            *_judgements(read_provenance(path)["parameters"]["runs"].values()),
+        ]
+    return lines
+
+
+def _judgements(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which verdicts and outcomes the other machine would change."""
+    lines = []
+    for found in (run["judgements"] for run in runs if "judgements" in run):
+        changed = found["changed"]
+        lines += [
+            "",
+            f"Judged by the tables of that machine alone, {len(changed)} of {found['compared']} "
+            f"verdicts and outcomes would be others{':' if changed else '.'}",
+            *([""] if changed else []),
+            *(f"- {line}" for line in changed),
         ]
     return lines
 

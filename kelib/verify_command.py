@@ -46,6 +46,10 @@ def run(
     if keep_variation:
         note = read_provenance(report.fresh / f"{next(iter(report.sides['fresh']))}.csv")
         about = {name: note[name] for name in ("commit", "versions", "seeds")}
+        about["judgements"] = {
+            "compared": report.claims_compared,
+            "changed": [line.strip() for line in list(_claim_lines(report))[1:]],
+        }
         path = write_variation(profile, report.quantities, report.sides, about)
         print(f"variation between machines: {path}")
     return int(failed)

@@ -396,11 +396,15 @@ def test_faults_in_markdown(tmp_path: Path) -> None:
     write_table(changed, tmp_path / "torture" / "differences.csv", note)
     spread = [("known", "k", 0.1), ("continual", "p_cl", 1.4), ("known", "p", 0.3)]
     machines = pd.DataFrame(spread, columns=["table", "quantity", "spread"])
-    write_table(machines, tmp_path / "machines" / "small.csv", note)
+    runs = {"a": {"judgements": {"compared": 9, "changed": ["claim one: a -> b"]}}}
+    write_table(
+        machines, tmp_path / "machines" / "small.csv", note | {"parameters": {"runs": runs}}
+    )
     text = faults_markdown(tmp_path)
     assert re.search(r"kills: .* \| 1 \| 7 \| 7 \|\n\| fuzz: .* \| 2 \| 2,010 \| 2,009 \|", text)
     assert "3 cores (Abacus)" in text
     assert "by at most 1.40 (continual, p_cl): in places as much as another seed" in text
+    assert "1 of 9 verdicts and outcomes would be others:\n\n- claim one: a -> b" in text
     assert "two threads: 2 quantities, in the mean by at most 2.0e-05 of the range" in text
 
 
