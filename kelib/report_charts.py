@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,27 +255,24 @@ def _menu(name: str, label: str, options: list[str] | dict[str, str]) -> Any:
 
 
 def _colour(field: str, values: Iterable[str], title: str | None = None) -> Any:
-    import altair as alt
-
-    names = list(values)
-    return alt.Color(
-        f"{field}:N",
-        title=title,
-        sort=names,
-        scale=alt.Scale(domain=names, range=[COLOURS[n % len(COLOURS)] for n in range(len(names))]),
-        legend=_legend(names),
-    )
+    return _told_apart("Color", COLOURS, field, values, title)
 
 
 def _shape(field: str, values: Iterable[str], title: str | None = None) -> Any:
+    return _told_apart("Shape", SHAPES, field, values, title)
+
+
+def _told_apart(
+    channel: str, looks: Sequence[str], field: str, values: Iterable[str], title: str | None
+) -> Any:
     import altair as alt
 
     names = list(values)
-    return alt.Shape(
+    return getattr(alt, channel)(
         f"{field}:N",
         title=title,
         sort=names,
-        scale=alt.Scale(domain=names, range=[SHAPES[n % len(SHAPES)] for n in range(len(names))]),
+        scale=alt.Scale(domain=names, range=[looks[n % len(looks)] for n in range(len(names))]),
         legend=_legend(names, "bottom" if title == "stage" else "top"),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from torture.secrets import PLANTED
 
 from kelib.__main__ import main
 from kelib.errors import KelibError
@@ -15,15 +16,9 @@ from kelib.redaction import hidden, hide_in_logs
 from kelib.run import Run
 from kelib.runs import attempt
 
-SECRETS = {
-    "HF_TOKEN": "hf_" + "Kq7wLrZt" * 4,
-    "HUGGING_FACE_HUB_TOKEN": "hf_" + "Zz9mQaYc" * 4,
-    "AWS_ACCESS_KEY_ID": "AKIA" + "J4QW7RTZ" * 2,
-    "AWS_SECRET_ACCESS_KEY": "pG9xWm/3kTq+Vb7" * 2,
-    "MY_API_KEY": "plain-words-of-a-key",
-    "HF_ENDPOINT": "http://reader:wordofhub@127.0.0.1:9",
-    "PIP_INDEX_URL": "http://reader:wordofpip@127.0.0.1:9/simple",
-}
+NO_SECRETS = ("PIP_RETRIES", "HF_HUB_OFFLINE")
+SECRETS = {"HUGGING_FACE_HUB_TOKEN": "hf_" + "Zz9mQaYc" * 4}
+SECRETS |= {name: value for name, value in PLANTED.items() if name not in NO_SECRETS}
 WORDS = [*list(SECRETS.values())[:5], "wordofhub", "wordofpip"]
 
 
