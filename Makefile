@@ -15,7 +15,7 @@ COMPUTE := $(filter-out $(PLOTS) $(REPORT) $(addprefix kelib/,trends.py results.
 	readme.py readme_figures.py readme_words.py readme_faults.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
 	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py \
 	table_layouts.py tolerances.py comparison.py variation.py changed_claims.py verify.py verify_command.py \
-	memories.py doctor.py sliders.py api_pages.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
+	arguments.py memories.py doctor.py sliders.py api_pages.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)

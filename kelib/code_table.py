@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 from kelib.config import digest
@@ -28,17 +30,17 @@ _CHANGED = (
     *_ENTROPY,
     *_EVALUATION,
 )
-_TRAJECTORY = (
-    *("trajectory_jobs", "published_jobs", "model_import", "archives", "pretrained", "packing"),
-    *("checkpoints", "convergence", "sources", "parsing", "corpus"),
+_MODEL = (
+    *("model_import", "archives", "sources", "parsing", "checkpoints", "packing", "pretrained"),
     *("world", "entries", "dice", "wordings"),
+)
+_TRAJECTORY = (
+    *("trajectory_jobs", "published_jobs", "convergence", "corpus"),
+    *_MODEL,
     *_ENTROPY,
     *_EVALUATION,
 )
-_LEARNING_TEXT = (
-    *("learning_text", "packed_text", "hub_text", "packing", "pretrained", "sources", "parsing"),
-    *("model_import", "archives", "checkpoints", "corpus", "world", "entries", "dice", "wordings"),
-)
+_LEARNING_TEXT = ("learning_text", "packed_text", "hub_text", *_MODEL)
 _KNOWN = (
     *("known", "continued_profile", "fictional", "published_questions", "questions"),
     *("tasks", "task_files", "tables:write_atomically"),
@@ -51,38 +53,27 @@ CODE = {
         *("jobs:corpus", "sources", "parsing", "corpus", "packing"),
         *("world", "entries", "dice", "wordings"),
     ),
-    "hub_text": ("jobs:hub_text", "hub_text", "parsing"),
-    "packed_text": ("jobs:packed_text", "packed_text", "hub_text", "parsing", "pretrained"),
+    "hub_text": ("hub_text", "parsing"),
+    "packed_text": ("packed_text", "hub_text", "parsing", "pretrained"),
     "pretrain": ("jobs:pretrain", "training", "checkpoints"),
     "entropy": ("jobs:entropy", "convergence", "panel", *_ENTROPY),
     "evaluate": ("jobs:evaluate", *_EVALUATION),
     "entities": ("jobs:entities", "entities", "gazetteer", "batches"),
     "intervene": ("jobs:intervene", *_CHANGED),
-    "import_model": (
-        *("jobs:import_model", "model_import", "archives", "sources", "parsing", "corpus"),
-        *("checkpoints", "packing", "pretrained", "world", "entries", "dice", "wordings"),
-    ),
-    "own_model": (
-        *("jobs:own_model", "own_model_jobs", "architectures"),
-        *("model_import", "archives", "sources", "parsing", "corpus"),
-        *("checkpoints", "packing", "pretrained", "world", "entries", "dice", "wordings"),
-    ),
-    "published": (
-        *("jobs:published", "published_jobs", "convergence", "corpus"),
-        *_ENTROPY,
-        *_EVALUATION,
-    ),
+    "import_model": _MODEL,
+    "own_model": ("own_model_jobs", "architectures", *_MODEL),
+    "published": ("published_jobs", "convergence", "corpus", *_ENTROPY, *_EVALUATION),
     "asked": (
-        *("jobs:asked", "published_questions", "questions", "tasks", "task_files", "scoring"),
+        *("published_questions", "questions", "tasks", "task_files", "scoring"),
         *("requests", "pretrained", "sources", "world", "entries", "dice", "wordings"),
         "tables:write_atomically",
     ),
-    "untrained": ("jobs:untrained", *_TRAJECTORY),
-    "trajectory": ("jobs:trajectory", *_TRAJECTORY),
-    "learning_text": ("jobs:learning_text", *_LEARNING_TEXT),
-    "known": ("jobs:known", *_KNOWN),
+    "untrained": _TRAJECTORY,
+    "trajectory": _TRAJECTORY,
+    "learning_text": _LEARNING_TEXT,
+    "known": _KNOWN,
     "continued": (
-        *("jobs:continued", "continued_jobs", "learning", "learning_inputs", "launching"),
+        *("continued_jobs", "learning", "learning_inputs", "launching"),
         *("sharding", "sharded_states", "training", "injection", "continual", "processes"),
         *("architectures", *_KNOWN),
     ),
@@ -91,11 +82,37 @@ CODE = {
         *_CHANGED,
     ),
     # the continual learning that they look into brings all the rest
-    "mechanism": ("jobs:mechanism", *_MECHANISM),
+    "mechanism": _MECHANISM,
     "later": ("jobs:later", "retention", *_MECHANISM),
     "reactivation": ("jobs:reactivation", "reactivation", *_MECHANISM),
-    "branch": ("jobs:branch", "branches", "training", "checkpoints"),
+    "branch": ("branches", "training", "checkpoints"),
 }
+
+
+# Functions that do the runs of a kind, where these are not functions of ``jobs`` named as the kind
+# is. All take (settings, inputs, folder, progress), see :mod:`kelib.jobs`.
+WORK = {
+    "hub_text": "hub_text:keep_documents",
+    "packed_text": "packed_text:pack_hub_text",
+    "import_model": "model_import:import_model",
+    "own_model": "own_model_jobs:own_model",
+    "published": "published_jobs:published",
+    "asked": "published_questions:asked",
+    "untrained": "trajectory_jobs:untrained",
+    "trajectory": "trajectory_jobs:trajectory",
+    "learning_text": "learning_text:learning_text",
+    "known": "known:known",
+    "continued": "continued_jobs:continued",
+    "mechanism": "mechanism:mechanism",
+    "branch": "branches:branch",
+}
+
+
+def work_of(kind: str) -> Callable[..., None]:
+    """What does a run of this kind, imported now: with torch, as a rule."""
+    module, _, function = WORK.get(kind, f"jobs:{kind}").partition(":")
+    found: Callable[..., None] = getattr(importlib.import_module(f"kelib.{module}"), function)
+    return found
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import Any
 
 from kelib import hub
 from kelib.errors import KelibError, listing
-from kelib.parsing import _clean, one_line  # private there, as its code names finished runs
+from kelib.parsing import clean, one_line
 
 TEXT = "text.jsonl"
 BUFFER = 10_000  # documents that a drawn order is drawn from at a time
@@ -25,11 +25,15 @@ SOURCES = "data/hub_sources.yaml"
 
 
 def keep_documents(
-    settings: Mapping[str, Any], folder: Path, progress: Callable[[float], None]
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    folder: Path,
+    progress: Callable[[float], None],
 ) -> None:
     """Write ``text.jsonl``, one ``{"text": ...}`` a line, and ``result.json`` into ``folder``.
 
-    ``settings``: repo, commit, config, split, field, shuffle_seed and characters. Documents are
+    ``settings``: repo, commit, config, split, field, shuffle_seed and characters; ``inputs``: none
+    is used. Documents are
     cleaned as :func:`kelib.parsing.local_documents` does it, those without text and exact
     duplicates passed over; reading stops with the one that completes ``characters``.
     ``result.json`` counts documents, characters and those passed over, with the sha256 of the file.
@@ -44,7 +48,7 @@ def keep_documents(
     cache = folder / "datasets.tmp"  # of its own: a cached other commit must never stand in
     texts = documents(**{key: settings[key] for key in READING}, cache=cache)
     with (folder / TEXT).open("wb") as file:
-        for text in map(_clean, texts):
+        for text in map(clean, texts):
             key = hashlib.sha256(text.encode()).digest()[:16]
             if not text or key in seen:
                 counts["duplicates" if text else "without_text"] += 1

@@ -1,4 +1,5 @@
-"""What one run does, by kind: build a corpus, pretrain, measure a checkpoint, continue from it.
+"""What one run of the study does, by kind: build a corpus, pretrain, measure a checkpoint, continue
+from it. Kinds that are not here are functions of other modules, see :data:`kelib.code_table.WORK`.
 
 Each function gets the settings of the run, the folders of its inputs and the folder to write into.
 That folder becomes visible under its final name only when the function returns (see ``runs.py``),
@@ -38,20 +39,6 @@ def corpus(settings: Settings, inputs: Inputs, folder: Path, progress: Progress)
         if name in sources.manifest():
             sources.fetch(sources.manifest()[name], fetched)
     build_corpus(choice, settings["seed"], dict(settings["wanted"]), fetched, folder)
-
-
-def hub_text(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Read documents of a data set of the hub and keep them."""
-    from kelib.hub_text import keep_documents
-
-    keep_documents(settings, folder, progress)
-
-
-def packed_text(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Pack a text of the hub with a model's own tokenizer."""
-    from kelib.packed_text import pack_hub_text
-
-    pack_hub_text(settings, inputs["text"], folder, progress)
 
 
 def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
@@ -294,76 +281,6 @@ def _write_result(folder: Path, found: Any, model: Any, packed: Any, more: dict[
     (folder / "result.json").write_text(json.dumps(note, indent=1))
 
 
-def import_model(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Fetch a published model and keep it as safetensors."""
-    from kelib import model_import
-
-    model_import.import_model(settings, inputs, folder, progress)
-
-
-def own_model(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Have a reader's own model, or one of the hub, ready to be measured."""
-    from kelib import own_model_jobs
-
-    own_model_jobs.own_model(settings, inputs, folder, progress)
-
-
-def published(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """All entropies of a published model on one text."""
-    from kelib import published_jobs
-
-    published_jobs.published(settings, inputs, folder, progress)
-
-
-def trajectory(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """All entropies of one published checkpoint on every text."""
-    from kelib import trajectory_jobs
-
-    trajectory_jobs.trajectory(settings, inputs, folder, progress)
-
-
-def untrained(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Tiny untrained models that stand for the checkpoints of a trajectory."""
-    from kelib import trajectory_jobs
-
-    trajectory_jobs.untrained(settings, inputs, folder, progress)
-
-
-def learning_text(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Pack the text that published checkpoints are continued on."""
-    from kelib import learning_text
-
-    learning_text.learning_text(settings, inputs, folder, progress)
-
-
-def known(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """What a published checkpoint knows before it is continued."""
-    from kelib import known
-
-    known.known(settings, inputs, folder, progress)
-
-
-def continued(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Continue a published checkpoint, and what it knows then."""
-    from kelib import continued_jobs
-
-    continued_jobs.continued(settings, inputs, folder, progress)
-
-
-def asked(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Accuracy of a published model on one set of four-way questions."""
-    from kelib import published_questions
-
-    published_questions.asked(settings, inputs, folder, progress)
-
-
-def mechanism(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Where gradients, updates and new facts go at one checkpoint, and what noise does to it."""
-    from kelib import mechanism
-
-    mechanism.mechanism(settings, inputs, folder, progress)
-
-
 def later(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
     """Go on from what continual learning left, on other text and without passages."""
     from kelib import evaluation, retention
@@ -383,13 +300,6 @@ def reactivation(settings: Settings, inputs: Inputs, folder: Path, progress: Pro
     before, tokenizer = _start(settings, inputs)
     models = {"checkpoint": checkpoint, "before": before}
     reactivation.reactivation(models, tokenizer, settings, inputs, folder, progress)
-
-
-def branch(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) -> None:
-    """Another way on from a checkpoint of pretraining: annealed, or with another weight decay."""
-    from kelib import branches
-
-    branches.branch(settings, inputs, folder, progress)
 
 
 def _write_items(folder: Path, prefix: str, found: Any) -> None:

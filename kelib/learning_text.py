@@ -47,7 +47,8 @@ def learning_text(
     kept = [path for name, path in inputs.items() if name.startswith("hub:")]
     if kept:
         options = {"sequences": whole, "sequence_length": length}
-        pack_hub_text({**options, "place": place, "commit": commit}, kept[0], folder, progress)
+        options |= {"place": place, "commit": commit}
+        pack_hub_text(options, {"text": kept[0]}, folder, progress)
         blocks = open_blocks(folder)
     else:
         documents = _documents(settings["text"], inputs["sources"])

@@ -25,14 +25,18 @@ CHUNK = 256  # documents tokenised at a time
 
 
 def pack_hub_text(
-    settings: Mapping[str, Any], text: Path, folder: Path, progress: Callable[[float], None]
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    folder: Path,
+    progress: Callable[[float], None],
 ) -> None:
     """Write ``tokens.npy``, (sequences, sequence_length) in the order of the documents, and
     ``result.json`` with its sha256.
 
     ``settings``: sequences, sequence_length, and the tokenizer as place (folder or hub id) and
-    commit. ``text``: the folder of a run ``hub_text``. Each document is followed by the end-of-text
-    token, none is padded. Raises KelibError for a text that is too short, saying what it gives.
+    commit. ``inputs["text"]``: the folder of a run ``hub_text``. Each document is followed by the
+    end-of-text token, none is padded. Raises KelibError for a text that is too short, saying what
+    it gives.
     """
     from kelib.pretrained import quiet, read_tokenizer  # heavy: opening blocks needs no torch
 
@@ -43,7 +47,7 @@ def pack_hub_text(
     # filled from the front: as a list, the tokens of the paper's corpus take many gigabytes
     blocks = np.lib.format.open_memmap(folder / TOKENS, "w+", kind, (wanted, length))
     flat, filled, read = blocks.reshape(-1), 0, 0
-    for ids, count in _encoded(kept_documents(text), tokenizer, end):
+    for ids, count in _encoded(kept_documents(inputs["text"]), tokenizer, end):
         taken = ids[: len(flat) - filled]
         flat[filled : filled + len(taken)] = taken
         filled, read = filled + len(taken), read + count

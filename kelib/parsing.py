@@ -26,7 +26,7 @@ _ENTITY = re.compile(r"&#?\w+;")
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2060\ufeff\ufffd]")
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Entities decoded, invisible characters dropped, every run of white space made one space."""
     text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     return " ".join(_INVISIBLE.sub("", text).split())
@@ -62,7 +62,7 @@ def _pubmed(path: Path) -> Iterator[str]:
                 if start >= 0:
                     abstract = ET.fromstring(element[start:] + closing)
                     parts = ["".join(part.itertext()) for part in abstract.iter("AbstractText")]
-                    yield _clean(_NOTICE.sub(" ", _clean(" ".join(parts))))
+                    yield clean(_NOTICE.sub(" ", clean(" ".join(parts))))
 
 
 # Page furniture that the scraper of the news kept: share buttons, an agency's mark, links. Each
@@ -103,12 +103,12 @@ def _news(path: Path) -> list[str]:
 def _without_furniture(text: str) -> str:
     for pattern in _FURNITURE:
         text = pattern.sub("", text.strip())
-    return _clean(text)
+    return clean(text)
 
 
 def _repair(text: str) -> str:
     """Undo the table's wrong decoding: it made apostrophes '"', dashes and end quotes '"?'."""
-    text = re.sub(r'"(?<=\w")\??(?=(?:t|s|re|ll|ve|m|d)\b)', "'", _clean(text))
+    text = re.sub(r'"(?<=\w")\??(?=(?:t|s|re|ll|ve|m|d)\b)', "'", clean(text))
     text = re.sub(r' "\?(?=\S)', " - ", text)
     text = re.sub(r'"\?(?<=[\w,.!?]"\?)(?=\w)', '" ', text)
     text = re.sub(r'"\?(?<=[,.]"\?)(?=\s)', '"', text)
@@ -126,7 +126,7 @@ def _summaries(path: Path) -> Iterator[str]:
             raise TypeError(f"entry {title!r} has no text under 'extract'")
         # A pronunciation that was cut out leaves an empty bracket.
         text = re.sub(r"\(\s*[,;]\s*", "(", re.sub(r" ?\(\s*\)", "", text))
-        yield _clean(text)
+        yield clean(text)
 
 
 PARSERS = {"pubmed-xml": _pubmed, "news-zip": _news, "summaries-json": _summaries}
@@ -173,7 +173,7 @@ def local_documents(path: Path) -> list[str]:
             raise KelibError(f"{file}: {error.strerror}; name a file that can be read") from error
         is_text = file.suffix == ".txt"
         texts += re.split(r"\n[^\S\n]*\n", content) if is_text else _lines(file, content)
-    found = _distinct(map(_clean, texts))
+    found = _distinct(map(clean, texts))
     if not found:
         raise KelibError(f"{path}: holds no documents; give .txt or .jsonl files with text in them")
     return found

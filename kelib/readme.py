@@ -16,7 +16,7 @@ from kelib.readme_faults import faults_markdown
 from kelib.readme_figures import figures_markdown
 from kelib.readme_words import DECLARED
 from kelib.results import Tables, open_tables, read_figure_note
-from kelib.tables import write_atomically
+from kelib.tables import read_provenance, read_table, write_atomically
 
 START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
 
@@ -135,6 +135,20 @@ def protocol_markdown(profile: Profile) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def contact_markdown(path: Path) -> str:
+    """How long a newcomer waits, in a sentence; ``path`` is the table of a benchmark."""
+    steps, machine = read_table(path).set_index("step"), read_provenance(path)["machine"]
+    seconds, size = steps["seconds"], steps["megabytes"]
+    return (
+        f"Measured from an empty folder, with nothing in pip's cache, on {machine['cores']} cores "
+        f"({machine['processor']}): {seconds['clone']:.0f} s for the clone "
+        f"({size['clone']:.0f} MB), {seconds['environment'] / 60:.1f} minutes for the environment "
+        f"({size['environment'] / 1000:.1f} GB), {seconds['first figure']:.0f} s more to the first "
+        f"figure of `smoke`, {seconds['all figures of smoke'] / 60:.1f} minutes more to all of "
+        "them (`python -m tests.benchmarks.contact`)."
+    )
+
+
 def _seeds(profile: Profile) -> str:
     return "one seed" if len(profile.seeds) == 1 else f"{len(profile.seeds)} seeds"
 
@@ -154,6 +168,8 @@ def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | No
     text = replace_generated(text, "protocol", protocol_markdown(tables.profile))
     text = replace_generated(text, "figures", figures_markdown(opened))
     reference = tables.folder.parent
+    if (path := reference / "bench" / "contact.csv").exists():
+        text = replace_generated(text, "contact", contact_markdown(path))
     if (reference / "torture" / "faults.csv").exists():
         text = replace_generated(text, "faults", faults_markdown(reference))
     write_atomically(readme, text)

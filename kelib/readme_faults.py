@@ -46,6 +46,7 @@ def _machines(folder: Path) -> list[str]:
     lines = []
     for path in sorted(folder.glob("*.csv")):
         table = read_table(path)
+        runs = list(read_provenance(path)["parameters"]["runs"].values())
         median, largest = np.median(table["spread"]), table["spread"].max()
         most: Any = table.iloc[int(np.argmax(table["spread"]))]
         than = "less than another seed" if largest < 1 else "in places as much as another seed"
@@ -55,9 +56,19 @@ def _machines(folder: Path) -> list[str]:
             f"differ in {len(table)} measured quantities by {median:.2f} standard deviations "
             "between pretraining seeds (median of root mean squares), by at most "
             f"{largest:.2f} ({most['table']}, {most['quantity']}): {than}.",
-            *_judgements(read_provenance(path)["parameters"]["runs"].values()),
+            *_spent(runs),
+            *_judgements(runs),
         ]
     return lines
+
+
+def _spent(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the runs on the other machine took, where it is known."""
+    hours = [run["processor_hours"] for run in runs if run.get("processor_hours")]
+    return [
+        f"Its runs took {spent:.1f} hours of one core, {spent * 30:.0f} minutes of two."
+        for spent in hours
+    ]
 
 
 def _judgements(runs: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from kelib import seals
-from kelib.code_table import code_digest
+from kelib.code_table import code_digest, work_of
 from kelib.config import EXECUTORS
 from kelib.errors import KelibError, first_line, lacks_memory, listing
 from kelib.progress import Progress
@@ -38,8 +38,6 @@ def perform(run: Run) -> float:
 
     Raises KelibError if another process is writing it, or its folder cannot be written.
     """
-    # jobs imports torch, which the process that only hands out runs does not need
-    from kelib import jobs
     from kelib.hub_sources import with_paths
 
     if run.done:
@@ -57,9 +55,9 @@ def perform(run: Run) -> float:
             for made in run.inputs.values():
                 made.check()
             inputs = {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
-            work = getattr(jobs, run.kind)
             settings = with_paths({**run.settings}, inputs)
-            work(settings, inputs, run.partial, _reporter(run.partial))
+            # its module imports torch, which the process that only hands out runs does not need
+            work_of(run.kind)(settings, inputs, run.partial, _reporter(run.partial))
             seconds = time.perf_counter() - start
             finish(run, seconds, time.process_time() - processor)
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:

@@ -11,8 +11,12 @@ from typing import Any
 
 import pandas as pd
 
+from kelib.calibration import own_seconds
 from kelib.comparison import ROWS, Quantity
+from kelib.config import load_profile
 from kelib.errors import listing
+from kelib.plan_check import finished_runs
+from kelib.study import Study
 from kelib.tables import read_provenance, write_atomically
 from kelib.tolerances import OFF, SAME, WITHIN
 from kelib.variation import write_variation
@@ -50,9 +54,19 @@ def run(
             "compared": report.claims_compared,
             "changed": [line.strip() for line in list(_claim_lines(report))[1:]],
         }
+        about["processor_hours"] = _processor_hours(report)
         path = write_variation(profile, report.quantities, report.sides, about)
         print(f"variation between machines: {path}")
     return int(failed)
+
+
+def _processor_hours(report: Report) -> float | None:
+    """Hours of one core that the fresh runs took; None where there are only their tables."""
+    data = report.fresh.parent.parent
+    if report.fresh.name != report.profile or not (data / "measurements").exists():
+        return None
+    notes = finished_runs(Study(load_profile(report.profile), data))
+    return round(sum(map(own_seconds, notes)) / 3600, 2) if notes else None
 
 
 def as_json(report: Report, failed: bool) -> dict[str, Any]:

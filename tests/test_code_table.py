@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kelib import code_table, continued, jobs
+from kelib import code_table, continued
 from kelib.beyond import branch_run, mechanism_runs, reactivation_runs, retention_runs
-from kelib.code_table import CODE, code_digest
+from kelib.code_table import CODE, WORK, code_digest, work_of
 from kelib.config import load_profile
 from kelib.published import PublishedStudy, load_published
 from kelib.runs import Run
@@ -38,9 +39,6 @@ LEFT_OUT = {
     "temporary",
 }
 LEFT_OUT |= {"checkpoint_files", "fetching", "hub", "versions"}
-# Jobs that use nothing of what jobs.py imports at its top: texts of gigabytes that other code names
-# would be fetched again for nothing.
-ALONE = {"hub_text", "packed_text"}
 
 
 def parsed(module: str) -> ast.Module:
@@ -63,6 +61,8 @@ def imported(*trees: ast.AST) -> set[str]:
 
 def reached(kind: str) -> set[str]:
     """Modules that a job of this kind imports, directly or through others."""
+    if kind in WORK:
+        return _through({WORK[kind].partition(":")[0]})
     body = parsed("jobs").body
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     called, names = set(), {kind}  # the job, and what it calls of the functions beside it
@@ -75,7 +75,10 @@ def reached(kind: str) -> set[str]:
             if isinstance(node, ast.Call)
         } & set(functions)
     top = [node for node in body if not isinstance(node, ast.FunctionDef)]
-    todo = imported(*(() if kind in ALONE else top), *(functions[name] for name in called))
+    return _through(imported(*top, *(functions[name] for name in called)))
+
+
+def _through(todo: set[str]) -> set[str]:
     found: set[str] = set()
     while todo:
         found.add(module := todo.pop())
@@ -135,20 +138,6 @@ def test_the_digest_covers_what_the_job_imports(kind: str) -> None:
 def test_a_readers_own_model_covers_as_much_as_an_imported_one(kind: str) -> None:
     run = replace(run_of(kind), inputs={"model": run_of("own_model")})
     assert reached(kind) - covered(run) == set()
-
-
-def test_jobs_that_stand_alone_use_nothing_imported_at_the_top() -> None:
-    body = parsed("jobs").body
-    named = {
-        alias.asname or alias.name
-        for node in body
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("kelib")
-        for alias in node.names
-    }
-    assert {"build_corpus", "load_corpus"} <= named
-    for node in (node for node in body if getattr(node, "name", "") in ALONE):
-        used = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
-        assert used & named == set()
 
 
 def test_imports_are_found_in_every_form_and_through_other_modules() -> None:
@@ -249,5 +238,11 @@ def test_a_number_in_the_code_changes_the_digest(copied_code):
     assert {kind for kind in CODE if before[kind] != after[kind]} == rest
 
 
-def test_every_kind_has_its_job_in_its_digest():
-    assert all(f"jobs:{kind}" in CODE[kind] and callable(getattr(jobs, kind)) for kind in CODE)
+@pytest.mark.parametrize("kind", CODE)
+def test_every_kind_has_its_job_in_its_digest(kind):
+    job = WORK.get(kind, f"jobs:{kind}")
+    module = job.partition(":")[0]
+    assert (module if kind in WORK else job) in CODE[kind]
+    settings, inputs, folder, progress = inspect.signature(work_of(kind)).parameters.values()
+    assert (settings.name, inputs.name, folder.name) == ("settings", "inputs", "folder")
+    assert progress.default is inspect.Parameter.empty

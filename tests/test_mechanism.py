@@ -123,7 +123,7 @@ def test_the_same_run_gives_the_same_tables(finished, tmp_path):
     run = finished.run_of(STEPS)
     told = []
     inputs = {name: made.folder for name, made in run.inputs.items()}
-    jobs.mechanism(run.settings, inputs, tmp_path, told.append)
+    mechanism.mechanism(run.settings, inputs, tmp_path, told.append)
     for name in stages.MECHANISM:
         again, before = (pd.read_csv(f / f"{name}.csv") for f in (tmp_path, run.folder))
         pd.testing.assert_frame_equal(again, before, rtol=1e-6, atol=1e-9)
