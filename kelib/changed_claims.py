@@ -19,7 +19,7 @@ from kelib.contrasts import (
     load_contrasts,
     rates_of,
 )
-from kelib.errors import KelibError
+from kelib.errors import KelibError, listing
 from kelib.verdicts import verdicts
 
 COLUMNS = ["kind", "name", "learning_rate", "n", "mean", "low95", "high95", "unit", "judgement"]
@@ -83,14 +83,49 @@ def _contrasts(
 def compare_claims(
     reference: Tables, fresh: Tables, parameters: Mapping[str, Any]
 ) -> tuple[pd.DataFrame, int, str]:
-    """Judgements that differ, with columns ``_reference`` and ``_fresh``; how many were compared;
-    and, where none was, why. What one side lacks is not compared.
+    """Judgements that differ, with columns ``_reference``, ``_fresh`` and ``_both``
+    (:func:`together`; empty where that cannot be); how many were compared; and, where none was,
+    why. What one side lacks is not compared.
     """
     try:
         what = declared()
         before, after = (judgements(what, tables, parameters) for tables in (reference, fresh))
     except KelibError as error:
         return pd.DataFrame(), 0, str(error)
-    both = before.merge(after, on=[*KEYS, "unit"], suffixes=("_reference", "_fresh"))
-    changed = both[both["judgement_reference"] != both["judgement_fresh"]]
-    return changed.reset_index(drop=True), len(both), "" if len(both) else "no claim was run"
+    try:
+        pooled = judgements(what, together(reference, fresh), parameters)
+    except KelibError:  # the runs do not pair up
+        pooled = before.iloc[:0]
+    compared = before.merge(after, on=[*KEYS, "unit"], suffixes=("_reference", "_fresh"))
+    named = pooled.rename(columns={c: f"{c}_both" for c in COLUMNS if c not in (*KEYS, "unit")})
+    compared = compared.merge(named, on=[*KEYS, "unit"], how="left")
+    changed = compared[compared["judgement_reference"] != compared["judgement_fresh"]]
+    why = "" if len(compared) else "no claim was run"
+    return changed.reset_index(drop=True), len(compared), why
+
+
+def together(reference: Tables, fresh: Tables) -> dict[str, pd.DataFrame]:
+    """The tables of two runs of the same seeds, one under the other: every number by seed becomes
+    the mean of both, as if the second were another CL seed. What is left of rounding is halved, the
+    unit of a verdict stays the pretraining seed.
+
+    Only tables that both have. Raises KelibError if the stages of a seed are not the same on both
+    sides, as first and last would then be those of one of them.
+    """
+    found = {}
+    for name in sorted(set(reference) & set(fresh)):
+        one, two = reference[name], fresh[name]
+        if {"seed", "stage_step"} <= {*one.columns, *two.columns}:
+            places = [
+                set(t[["seed", "stage_step"]].itertuples(index=False, name=None))
+                for t in (one, two)
+            ]
+            if other := places[0] ^ places[1]:
+                raise KelibError(
+                    f"table {name} has seed {listing(sorted({seed for seed, _ in other}))} at "
+                    "other stages in the two runs; judge each by itself"
+                )
+        if "cl_seed" in two:
+            two = two.assign(cl_seed=two["cl_seed"] + one["cl_seed"].max() + 1)
+        found[name] = pd.concat([one, two], ignore_index=True)
+    return found

@@ -71,6 +71,14 @@ def _spent(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+_HEAD = ["| | committed | there | both, averaged by seed |", "| --- | --- | --- | --- |"]
+
+
+def _row(row: Mapping[str, str]) -> str:
+    sides = [row[side] for side in ("reference", "fresh", "both")]
+    return f"| {row['statement']} ({row['unit']}) | {' | '.join(sides)} |"
+
+
 def _judgements(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Which verdicts and outcomes the other machine would change."""
     lines = []
@@ -80,8 +88,11 @@ def _judgements(runs: Iterable[Mapping[str, Any]]) -> list[str]:
             "",
             f"Judged by the tables of that machine alone, {len(changed)} of {found['compared']} "
             f"verdicts and outcomes would be others{':' if changed else '.'}",
-            *([""] if changed else []),
-            *(f"- {line}" for line in changed),
+            *(["", *_HEAD] if changed else []),
+            *(
+                f"| {row['statement']} ({row['unit']}) | {' | '.join(_sides(row))} |"
+                for row in changed
+            ),
         ]
     return lines
 

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from kelib.calibration import own_seconds
+from kelib.changed_claims import declared
 from kelib.comparison import ROWS, Quantity
 from kelib.config import load_profile
 from kelib.errors import listing
@@ -52,7 +53,7 @@ def run(
         about = {name: note[name] for name in ("commit", "versions", "seeds")}
         about["judgements"] = {
             "compared": report.claims_compared,
-            "changed": [line.strip() for line in list(_claim_lines(report))[1:]],
+            "changed": list(_changed(report)),
         }
         about["processor_hours"] = _processor_hours(report)
         path = write_variation(profile, report.quantities, report.sides, about)
@@ -152,13 +153,28 @@ def _claim_lines(report: Report) -> Iterator[str]:
         return
     count = f"{len(report.claims)} of {report.claims_compared}"
     yield f"claims and contrasts: {count} judgements would change"
+    for row in _changed(report):
+        both = f"; both averaged by seed: {row['both']}" if row["both"] else ""
+        yield f"  {row['what']}: {row['reference']} -> {row['fresh']}{both} ({row['unit']})"
+
+
+def _changed(report: Report) -> Iterator[dict[str, str]]:
+    """What would change, in words: ``what`` by its name and by its ``statement``, its ``unit``, and
+    judgement, effect and interval of ``reference``, ``fresh`` and ``both`` averaged by seed (empty
+    if that cannot be).
+    """
+    asked = declared()
+    statements = {one.id: one.statement for one in (*asked.claims, *asked.contrasts)}
     for row in report.claims.to_dict("records"):
         rate = "" if pd.isna(row["learning_rate"]) else f" at CL rate {row['learning_rate']:g}"
-        sides = (_judged(row, side) for side in ("reference", "fresh"))
-        yield f"  {row['kind']} {row['name']}{rate}: {' -> '.join(sides)} {row['unit']}"
+        sides = {side: _judged(row, side) for side in ("reference", "fresh", "both")}
+        words = {"what": f"{row['kind']} {row['name']}{rate}", "unit": row["unit"]}
+        yield words | {"statement": statements[row["name"]].rstrip(".") + rate} | sides
 
 
 def _judged(row: Mapping[Any, Any], side: str) -> str:
+    if pd.isna(row[f"judgement_{side}"]):
+        return ""
     mean, low, high = (row[f"{name}_{side}"] for name in ("mean", "low95", "high95"))
     effect = "" if pd.isna(mean) else f", {mean:+.3f}"
     interval = "" if pd.isna(low) else f" [{low:+.3f}, {high:+.3f}]"

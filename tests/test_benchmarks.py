@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import case, entropy, fullsize, harness, learning
+from benchmarks import case, contact, entropy, fullsize, harness, learning
 from benchmarks.__main__ import main
 from benchmarks.questions import lengths, questions, token_bound, word_tokenizer
 from benchmarks.rows import GROUPS, Comparison, Row, Variant, find_row, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kelib
+from kelib.config import repository_root
 from kelib.errors import KelibError
 from kelib.requests import encode_request
 from kelib.runs import KEEP_MEMORY
@@ -23,6 +25,7 @@ from kelib.scale import PAPER
 from kelib.scoring import Score
 from kelib.tables import read_provenance, read_table
 
+ROOT = repository_root()
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux")
 
 
@@ -267,3 +270,26 @@ def test_all_rows_are_listed(capsys) -> None:
     assert main(["--list"]) == 0
     assert capsys.readouterr().out.split() == list(rows_of())
     assert all(isinstance(row, Row) for group in GROUPS for row in rows_of(group).values())
+
+
+def test_first_contact_is_measured_step_by_step_and_a_step_that_fails_says_so(
+    tmp_path, monkeypatch
+) -> None:
+    write = "import os; open('made', 'wb').write(b'x' * 3_000_000); assert not os.environ.get('X')"
+    monkeypatch.setattr(contact, "LEFT_OUT", (*contact.LEFT_OUT, "X"))
+    monkeypatch.setenv("X", "seen")
+    steps = {"clone": [sys.executable, "-c", write], "environment": ["true"]}
+    monkeypatch.setattr(contact, "STEPS", steps)
+    table = contact.contact(tmp_path)
+    assert list(table["step"]) == list(steps) and list(table["megabytes"]) == [3.0, 0.0]
+    assert (table["seconds"] > 0).all() and (table["cpu_seconds"] >= 0).all()
+    monkeypatch.setitem(steps, "first figure", ["sh", "-c", "echo no such target; exit 2"])
+    with pytest.raises(KelibError, match=r"first figure: sh .* fails in .*:\nno such target"):
+        contact.contact(tmp_path)
+
+
+def test_steps_of_first_contact_are_targets_of_the_makefile() -> None:
+    for command in contact.STEPS.values():
+        if command[0] == "make":
+            done = subprocess.run([*command, "-n", "USE_ENV=1"], cwd=ROOT, capture_output=True)
+            assert done.returncode == 0, done.stderr

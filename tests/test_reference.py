@@ -23,6 +23,7 @@ from kelib.config import load_profile
 from kelib.errors import KelibError
 from kelib.readme import (
     claims_markdown,
+    contact_markdown,
     controls_markdown,
     protocol_markdown,
     refresh_readme,
@@ -396,7 +397,9 @@ def test_faults_in_markdown(tmp_path: Path) -> None:
     write_table(changed, tmp_path / "torture" / "differences.csv", note)
     spread = [("known", "k", 0.1), ("continual", "p_cl", 1.4), ("known", "p", 0.3)]
     machines = pd.DataFrame(spread, columns=["table", "quantity", "spread"])
-    runs = {"a": {"judgements": {"compared": 9, "changed": ["claim one: a -> b"]}}}
+    row = {"statement": "One", "unit": "nats", "reference": "a, +1", "fresh": "b", "both": "c"}
+    runs: dict[str, Any] = {"a": {"judgements": {"compared": 9, "changed": [row]}}}
+    runs["a"]["processor_hours"] = 4.36
     write_table(
         machines, tmp_path / "machines" / "small.csv", note | {"parameters": {"runs": runs}}
     )
@@ -404,8 +407,21 @@ def test_faults_in_markdown(tmp_path: Path) -> None:
     assert re.search(r"kills: .* \| 1 \| 7 \| 7 \|\n\| fuzz: .* \| 2 \| 2,010 \| 2,009 \|", text)
     assert "3 cores (Abacus)" in text
     assert "by at most 1.40 (continual, p_cl): in places as much as another seed" in text
-    assert "1 of 9 verdicts and outcomes would be others:\n\n- claim one: a -> b" in text
+    assert "Its runs took 4.4 hours of one core, 131 minutes of two." in text
+    assert "1 of 9 verdicts and outcomes would be others:\n\n| | committed" in text
+    assert "\n| One (nats) | a, +1 | b | c |" in text
     assert "two threads: 2 quantities, in the mean by at most 2.0e-05 of the range" in text
+
+
+def test_first_contact_in_markdown(tmp_path: Path) -> None:
+    steps = [("clone", 2.2, 30.0), ("environment", 90.0, 1900.0)]
+    steps += [("first figure", 44.4, 3.0), ("all figures of smoke", 150.0, 9.0)]
+    table = pd.DataFrame(steps, columns=["step", "seconds", "megabytes"])
+    note = provenance({}, [], {}) | {"machine": {"cores": 3, "processor": "Abacus"}}
+    write_table(table, tmp_path / "contact.csv", note)
+    text = contact_markdown(tmp_path / "contact.csv")
+    assert "3 cores (Abacus): 2 s for the clone (30 MB), 1.5 minutes for the environment" in text
+    assert "(1.9 GB), 44 s more to the first figure of `smoke`, 2.5 minutes more to all" in text
 
 
 def test_the_profile_that_a_notebook_shows(tmp_path: Path) -> None:

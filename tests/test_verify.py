@@ -13,6 +13,7 @@ import pytest
 
 from kelib import variation
 from kelib.__main__ import main
+from kelib.changed_claims import declared, judgements, together
 from kelib.comparison import ROWS, compare_table, seed_deviations
 from kelib.errors import KelibError
 from kelib.table_layouts import LAYOUTS, keys_of
@@ -207,6 +208,37 @@ def test_a_verdict_that_changes_is_printed_and_fails_only_if_asked_to(tmp_path, 
     assert "] -> contradicted, +0.326 [+0.1" in printed
     wanted = "NOT verified: of 141 quantities 140 same, 1 within, 0 OFF, but 1 judgement changed"
     assert printed.splitlines()[-1] == wanted
+    assert "]; both averaged by seed: undecided, +0.306 [" in printed
+
+
+def test_two_runs_together_are_judged_by_the_mean_of_each_seed():
+    folder = REFERENCE / "study"
+    one = {name: read_table(folder / f"{name}.csv") for name in CLAIMED}
+    parameters = read_provenance(folder / "continual.csv")["parameters"]
+    last = one["continual"].groupby("seed")["stage_step"].transform("max")
+    # K moves by another amount for every seed, at the last stage alone
+    moved = (one["continual"]["stage_step"] == last) * (one["continual"]["seed"] - 99) * 0.1
+    two = one | {"continual": one["continual"].assign(k_cl=one["continual"]["k_cl"] + moved)}
+    found = [
+        judgements(declared(), tables, parameters).set_index(["kind", "name", "learning_rate"])
+        for tables in (one, two, together(one, two))
+    ]
+    assert [len(part) for part in found] == [len(found[0])] * 3
+    gain = [part.loc[("claim", "stage_knowledge_gain", 1e-3)] for part in found]
+    assert gain[1]["mean"] - gain[0]["mean"] == pytest.approx(0.3)
+    assert gain[2]["mean"] == pytest.approx((gain[0]["mean"] + gain[1]["mean"]) / 2)
+    assert gain[2]["n"] == gain[0]["n"] == 5
+    halves = [part["mean"].to_numpy(float) for part in found]
+    assert np.allclose(halves[2], (halves[0] + halves[1]) / 2, equal_nan=True)
+
+
+def test_runs_with_other_stages_are_not_taken_together():
+    one = {"continual": read_table(REFERENCE / "study" / "continual.csv")}
+    where = (one["continual"]["seed"] == 102) & (one["continual"]["stage_step"] == 750)
+    earlier = one["continual"].assign(stage_step=one["continual"]["stage_step"] - 150 * where)
+    with pytest.raises(KelibError, match="table continual has seed 102 at other stages in the two"):
+        together(one, {"continual": earlier})
+    assert together(one, {"entropy": earlier}) == {}
 
 
 def test_one_seed_borrows_what_seeds_differ_by(tmp_path):
