@@ -89,10 +89,7 @@ def _judgements(runs: Iterable[Mapping[str, Any]]) -> list[str]:
             f"Judged by the tables of that machine alone, {len(changed)} of {found['compared']} "
             f"verdicts and outcomes would be others{':' if changed else '.'}",
             *(["", *_HEAD] if changed else []),
-            *(
-                f"| {row['statement']} ({row['unit']}) | {' | '.join(_sides(row))} |"
-                for row in changed
-            ),
+            *(_row(one) for one in changed),
         ]
     return lines
 
