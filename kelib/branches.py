@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from kelib.checkpoints import load_checkpoint, save_checkpoint, step_folder
+from kelib.checkpoints import check_checkpoints, load_checkpoint, save_checkpoint, step_folder
 from kelib.config import Optimizer, Pretraining, Training, convert
 from kelib.corpus import Mixture, load_corpus
 from kelib.errors import KelibError
@@ -141,6 +141,7 @@ def branch(
 
     if state.exists():
         trainer.load_state(state)
+        check_checkpoints(folder, [step for step in kept if step <= schedule.first + trainer.step])
     elif settings["annealed"]:
         trainer.load_moments(origin / OPTIMIZER)
     else:

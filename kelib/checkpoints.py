@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from kelib import seals
 from kelib.config import Model
 from kelib.errors import KelibError, listing
 
@@ -50,14 +52,15 @@ def step_folder(run: Path, step: int) -> Path:
 def save_checkpoint(model: Any, tokenizer_folder: Path, run: Path, note: dict[str, Any]) -> Path:
     """Write weights (safetensors), config, tokenizer and ``kelib.json`` as ``run/stepNNNNNNN``.
 
-    The folder appears whole or not at all. ``note`` has at least ``step``, ``tokens``, ``parent``,
-    ``seed`` and ``digest`` (of the configuration).
+    The folder appears whole or not at all, its files sealed by the note. ``note`` has at least
+    ``step``, ``tokens``, ``parent``, ``seed`` and ``digest`` (of the configuration).
     """
     final = step_folder(run, note["step"])
     temporary = run / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     shutil.copytree(tokenizer_folder, temporary, dirs_exist_ok=True)
+    note = seals.sealed({**note, "files": seals.seal(temporary)})
     (temporary / NOTE).write_text(json.dumps(note, indent=1, sort_keys=True))
     shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
@@ -65,9 +68,10 @@ def save_checkpoint(model: Any, tokenizer_folder: Path, run: Path, note: dict[st
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """The note of a checkpoint. KelibError if there is none, or it cannot be read."""
+    """The note of a checkpoint. KelibError if there is none, if it cannot be read, or if it or a
+    file that it seals is not what was written."""
     try:
-        return dict(json.loads((folder / NOTE).read_text()))
+        note = seals.unsealed(json.loads((folder / NOTE).read_text()))
     except FileNotFoundError as error:
         siblings = [p.name for p in folder.parent.glob("step*")] if folder.parent.exists() else []
         raise KelibError(
@@ -77,6 +81,17 @@ def read_note(folder: Path) -> dict[str, Any]:
         raise KelibError(
             f"{folder / NOTE} cannot be read ({error}); delete the folder and run again"
         ) from error
+    seals.check(folder, note.get("files", {}), remedy=f"delete {folder.parent} and run again")
+    return note
+
+
+def check_checkpoints(run: Path, steps: Iterable[int]) -> None:
+    """Raise as :func:`read_note` does unless the checkpoints of ``steps`` are as they were saved.
+
+    For a run that goes on: what it saved before it was interrupted is sealed only at its end.
+    """
+    for step in steps:
+        read_note(step_folder(run, step))
 
 
 def load_checkpoint(folder: Path, digest: str | None = None) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kelib import seals
 from kelib.corpus import sequence_order
 from kelib.errors import KelibError
 from kelib.evaluation import score_probes
@@ -68,7 +69,8 @@ def save(path: Path, trainer: Any, injector: Injector, curve: LearningCurve | No
     kill in between it is ahead of the state, and :func:`resume` cuts it back.
     """
     rows = [] if curve is None else [table.to_dict("list") for table in curve.rows]
-    write_atomically(_beside(path), json.dumps({"injector": injector.state_dict(), "curve": rows}))
+    kept = seals.sealed({"injector": injector.state_dict(), "curve": rows})
+    write_atomically(_beside(path), json.dumps(kept))
     trainer.save_state(path)
 
 
@@ -76,7 +78,7 @@ def resume(path: Path, trainer: Any, injector: Injector, curve: LearningCurve | 
     """Go on from what :func:`save` wrote. KelibError if it is broken or of another run."""
     trainer.load_state(path)
     try:
-        kept = json.loads(_beside(path).read_text())
+        kept = seals.unsealed(json.loads(_beside(path).read_text()))
         injector.load_state_dict(kept["injector"], trainer.step)
         rows = [pd.DataFrame(table) for table in kept["curve"]]
     except (OSError, ValueError, LookupError, TypeError) as error:

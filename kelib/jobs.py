@@ -45,7 +45,7 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
     """Pretrain from scratch; writes ``stepNNNNNNN`` checkpoints and ``losses.json`` (nats per
     token).
     """
-    from kelib.checkpoints import new_model, save_checkpoint
+    from kelib.checkpoints import check_checkpoints, new_model, save_checkpoint
     from kelib.training import Trainer
 
     packed = load_corpus(inputs["corpus"])
@@ -86,6 +86,7 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
 
     if state.exists():
         trainer.load_state(state)
+        check_checkpoints(folder, [0, *(s for s in plan.checkpoints if s <= trainer.step)])
     else:
         keep(0)
     trainer.run(on_step=on_step)

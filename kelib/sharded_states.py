@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from kelib import seals
 from kelib.checkpoints import step_folder
 from kelib.errors import KelibError
 from kelib.launching import agreed
@@ -67,7 +68,8 @@ def save_state(trainer: Any, folder: Path, notes: Mapping[str, Any] | None = Non
         temporary.mkdir(parents=True)
 
     def end() -> None:
-        (temporary / NOTES).write_text(json.dumps(written))
+        sealed = seals.sealed({**written, "files": seals.seal(temporary)})
+        (temporary / NOTES).write_text(json.dumps(sealed))
         if final.exists():
             shutil.rmtree(final)
         temporary.replace(final)
@@ -100,9 +102,11 @@ def load_state(trainer: Any, folder: Path) -> dict[str, Any] | None:
         if not states:
             return None
         try:
-            return states[-1], dict(json.loads((states[-1] / NOTES).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            written = seals.unsealed(json.loads((states[-1] / NOTES).read_text()))
+            seals.check(states[-1], written.get("files", {}), remedy="nothing of it is used")
+        except (OSError, ValueError, TypeError, KelibError) as error:
             raise _refusal(states[-1], error) from error
+        return states[-1], written
 
     found = agreed(processes, find, by_first=True)
     if found is None:

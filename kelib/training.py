@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ class Trainer:
     def save_state(self, path: Path) -> None:
         """Write weights, moments, step and losses in one safetensors file, whole or not at all.
 
+        The sha256 of its content is part of it, so that one that was changed is not gone on from.
         With several processes all of them call it; the main one writes, the others wait for it.
         """
         self.read_losses()
@@ -227,13 +229,14 @@ class Trainer:
                 tensors[f"{key}.{names[id(parameter)]}"] = torch.as_tensor(value).contiguous()
         temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         notes = {"step": str(self.step), "losses": json.dumps(self.losses)}
+        notes["sha256"] = _content_digest(notes, tensors, tensors.__getitem__)
         save_file(tensors, temporary, metadata=notes)
         temporary.replace(path)
 
     def load_state(self, path: Path) -> None:
         """Continue where :meth:`save_state` stopped, as if the run had not been interrupted.
 
-        Raises KelibError for a file that is missing, broken or of another model.
+        Raises KelibError for a file that is missing, broken, changed or of another model.
         """
         self.step, self.losses = self._read_state(path, weights=True)
 
@@ -249,6 +252,7 @@ class Trainer:
         # fused AdamW wants its moments beside the weights; safetensors knows cpu, but not cpu:0
         device = "cpu" if self.accelerator.device.type == "cpu" else str(self.accelerator.device)
         try:
+            _check_content(path)
             with safe_open(path, framework="pt", device=device) as state:
                 notes = state.metadata()
                 step, losses = int(notes["step"]), json.loads(notes["losses"])
@@ -274,6 +278,28 @@ class Trainer:
         ) as error:
             raise KelibError(f"{path} is not a state of this run ({error}); delete it") from error
         return step, losses
+
+
+def _content_digest(
+    notes: Mapping[str, str], names: Iterable[str], tensor: Callable[[str], torch.Tensor]
+) -> str:
+    """The sha256 of step and losses and of the bytes of every tensor, in the order of names."""
+    head = [notes["step"], notes["losses"]]
+    total = hashlib.sha256(json.dumps(head).encode())
+    for name in sorted(names):
+        plain = tensor(name).detach().cpu().contiguous()
+        total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _check_content(path: Path) -> None:
+    """Raise ValueError for a state that is not what was written; one tensor at a time."""
+    with safe_open(path, framework="pt") as state:
+        notes = state.metadata()
+        found = _content_digest(notes, state.keys(), state.get_tensor)
+    if (wanted := notes.get("sha256", found)) != found:  # an older kelib wrote none
+        raise ValueError(f"its content has sha256 {found[:12]}, not {wanted[:12]}")
 
 
 def _require_plain(accelerator: Accelerator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kelib.checkpoints import NOTE, load_checkpoint, new_model, read_note, save_checkpoint
+from kelib.checkpoints import (
+    NOTE,
+    check_checkpoints,
+    load_checkpoint,
+    new_model,
+    read_note,
+    save_checkpoint,
+)
 from kelib.config import Model
 from kelib.errors import KelibError
 from kelib.packing import END_OF_TEXT, save_tokenizer, train_tokenizer
@@ -112,7 +120,9 @@ def test_kelib_loads_what_it_saved_ready_to_measure(run):
     weight = new_model(SHAPE, 300, LENGTH, 12).lm_head.weight
     assert torch.equal(model.lm_head.weight, weight)
     assert tokenizer.model_max_length == LENGTH
-    assert read_note(run / "step0000012") == note_of(12)
+    note = read_note(run / "step0000012")
+    assert set(note.pop("files")) >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert note == note_of(12)
 
 
 def test_nothing_but_whole_checkpoints_lies_in_the_run(run):
@@ -178,18 +188,52 @@ def test_a_broken_note_is_refused(run, text):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_a_broken_file_is_refused_with_the_folder(run, name, harm):
+@pytest.mark.parametrize("harm", ["cut", "gone", "one bit"])
+def test_a_broken_file_is_refused_with_its_name(run, name, harm):
     file = run / "step0000012" / name
     if harm == "cut":
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    else:
+    elif harm == "gone":
         file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 1
+        file.write_bytes(content)
+    what = f"{re.escape(str(file))} (cannot be read|has sha256)"
+    with pytest.raises(KelibError, match=rf"^{what} .*delete .* and run again$") as caught:
+        load_checkpoint(run / "step0000012", "abc123")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_file_of_an_older_checkpoint_is_refused_with_its_folder(run):
+    """Whose note does not say what its files were."""
+    folder = run / "step0000012"
+    note = json.loads((folder / NOTE).read_text())
+    (folder / NOTE).write_text(json.dumps({k: note[k] for k in note if k not in ("files", "seal")}))
+    load_checkpoint(folder, "abc123")
+    (folder / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(
         KelibError, match=r"step0000012 cannot be loaded .*delete it, run again$"
     ) as caught:
-        load_checkpoint(run / "step0000012", "abc123")
+        load_checkpoint(folder, "abc123")
     assert "\n" not in str(caught.value)
+
+
+def test_a_changed_note_is_refused(run):
+    path = run / "step0000012" / NOTE
+    path.write_text(path.read_text().replace('"seed": ', '"seed": 1'))
+    with pytest.raises(KelibError, match=r"kelib.json cannot be read .its digest is .*run again"):
+        load_checkpoint(run / "step0000012")
+
+
+def test_checkpoints_of_a_run_that_goes_on_are_checked(run):
+    check_checkpoints(run, [12])
+    with pytest.raises(KelibError, match=r"no checkpoint of this study in .*step0000013"):
+        check_checkpoints(run, [12, 13])
+    weights = run / "step0000012" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(KelibError, match=r"model.safetensors has sha256"):
+        check_checkpoints(run, [12])
 
 
 def test_a_copy_elsewhere_still_loads(run, tmp_path_factory):

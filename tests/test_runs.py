@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -423,6 +424,30 @@ def test_a_broken_state_is_refused_with_its_file(study, made):
     ):
         perform(run)
     (run.partial / jobs.STATE).unlink()
+    perform(run)
+    assert_same_run(run.folder, made.pretrain_run(100).folder)
+
+
+def test_a_run_goes_on_from_checkpoints_that_are_as_it_saved_them(study, made):
+    class Stopped(Exception):
+        pass
+
+    def stop(share):
+        if share > 0.6:
+            raise Stopped
+
+    run = study.pretrain_run(100)
+    run.partial.mkdir(parents=True)
+    inputs = {name: before.folder for name, before in run.inputs.items()}
+    with pytest.raises(Stopped):
+        jobs.pretrain(run.settings, inputs, run.partial, stop)
+    weights = sorted(run.partial.glob("step*"))[1] / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    where = re.escape(str(weights))
+    with pytest.raises(KelibError, match=rf"{where} has sha256 .*delete .*partial and run again$"):
+        perform(run)
+    weights.write_bytes(whole)
     perform(run)
     assert_same_run(run.folder, made.pretrain_run(100).folder)
 

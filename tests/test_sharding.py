@@ -318,13 +318,17 @@ def test_without_a_state_there_is_nothing_to_go_on_from(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["progress.json", ".metadata", "__0_0.distcp"])
-@pytest.mark.parametrize("how", ["gone", "cut"])
+@pytest.mark.parametrize("how", ["gone", "cut", "one bit"])
 def test_a_broken_state_is_refused(tmp_path, broken, how):
     trainer, _ = made(steps=2)
     trainer.run(until=1)
     file = save_state(trainer, tmp_path) / broken
     if how == "gone":
         file.unlink()
+    elif how == "one bit":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     else:
         file.write_bytes(file.read_bytes()[:-200] if file.stat().st_size > 200 else b"{")
     resumed, _ = made(steps=2)

@@ -608,6 +608,12 @@ def test_a_killed_run_that_saved_its_state_ends_with_the_same_weights(finished, 
     with pytest.raises(Stopped):
         jobs.continual(settings, inputs_of(run), tmp_path, stop)
     assert (tmp_path / jobs.STATE).exists() and not (tmp_path / "result.json").exists()
+    counted = (tmp_path / jobs.STATE).with_suffix(".json")
+    before = counted.read_text()
+    counted.write_text(before.replace("1", "2", 1))
+    with pytest.raises(KelibError, match=r"state.json is not of this run .its digest .*delete"):
+        jobs.continual(settings, inputs_of(run), tmp_path, stop)
+    counted.write_text(before)
     begun = []
     jobs.continual(settings, inputs_of(run), tmp_path, begun.append)
     assert min(begun) == pytest.approx(0.9 * 0.7)  # it went on at step 7

@@ -341,6 +341,19 @@ def without_notes(path):
     save_file({name: torch.from_numpy(t) for name, t in content(path)[0].items()}, path)
 
 
+def flipped(path):
+    """One bit of a weight."""
+    whole = bytearray(path.read_bytes())
+    whole[-300] ^= 1
+    path.write_bytes(whole)
+
+
+def other_step(path):
+    tensors, notes = content(path)
+    tensors = {name: torch.from_numpy(t) for name, t in tensors.items()}
+    save_file(tensors, path, metadata={**notes, "step": "0"})
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -349,8 +362,10 @@ def without_notes(path):
         lambda path: path.write_bytes(b""),
         lambda path: path.unlink(),
         without_notes,
+        flipped,
+        other_step,
     ],
-    ids=["cut", "garbage", "empty", "missing", "no notes"],
+    ids=["cut", "garbage", "empty", "missing", "no notes", "bit flipped", "another step"],
 )
 def test_a_broken_state_is_refused_in_one_line(tmp_path, harm):
     trainer = trainer_of()

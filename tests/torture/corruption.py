@@ -8,6 +8,7 @@ neither is the traceback of a library.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import os
@@ -17,10 +18,11 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kelib.code_table import work_of
 from kelib.config import repository_root
 from kelib.errors import KelibError
 
@@ -299,9 +301,56 @@ def study_files(folder: Path) -> list[Artefact]:
             use = measure if whole else functools.partial(read, run, path.name)
             if path.suffix in (".csv", ".json"):
                 found.append(Artefact(_kind(run, path), path, use, run.folder))
+    found += interrupted(study)
     vectors = study.entropy_run(SEED, STEP).folder / "coefficients.safetensors"
     found.append(Artefact("coefficient vectors of a run", vectors, measure, vectors.parent))
     return found
+
+
+def interrupted(study: Any) -> list[Artefact]:
+    """What a pretraining and a continual learning leave that are stopped half-way."""
+    found = []
+    first, *_ = study.pretrain_runs()
+    again = {**first.settings, "seed": SEED + 1, "digest": "another"}
+    plan = study.profile.continual
+    learned = study.continual_run(SEED, STEP, plan.learning_rates[0], plan.seeds[0])
+    settings = {**learned.settings, "cl_seed": 77, "curve": True}
+    settings["continual"] = {**settings["continual"], "save_every": 2}
+    for run in (replace(first, settings=again), replace(learned, settings=settings)):
+        with contextlib.suppress(_Stopped):
+            inputs = {name: made.folder for name, made in run.inputs.items()}
+            run.partial.mkdir(parents=True)
+            work_of(run.kind)(run.settings, inputs, run.partial, _stop)
+        use = functools.partial(_go_on, run)
+        for path in _paths(run.partial):
+            kind = f"an interrupted run ({run.kind})"
+            found.append(Artefact(kind, path, use, run.partial))
+    return found
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _stop(share: float) -> None:
+    if share > 0.6:
+        raise _Stopped
+
+
+def _go_on(run: Any) -> str:
+    """The numbers at the end of an interrupted run, which is interrupted again afterwards."""
+    from kelib.runs import perform
+
+    kept = run.partial.with_name(f"{run.partial.name}.before")
+    shutil.copytree(run.partial, kept)
+    try:
+        perform(run)
+        paths = [path for path in _paths(run.folder) if path.name != "run.json"]
+        return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    finally:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        shutil.rmtree(run.partial, ignore_errors=True)
+        kept.rename(run.partial)
 
 
 def _files(run: Any, use: Callable[[], Any]) -> list[Artefact]:
