@@ -199,7 +199,7 @@ PACKED = ("learning_text", *CONTINUED)
 @pytest.mark.parametrize(
     ("place", "kinds"),
     [
-        ("corpus", {"corpus", "published", *MODELS, *ALONG, *PACKED}),
+        ("corpus", {"corpus", "published", *ALONG}),
         ("hub_text", {"hub_text", "packed_text", *PACKED}),
         ("hub", set()),
         ("hub_sources", set()),
