@@ -165,7 +165,8 @@ def knowledge_moves(lines: pd.DataFrame) -> pd.DataFrame:
 
     The parts of a run add up to K_CL - K_PT. "At the injections" is what K gains in the steps that
     read passages (in a run without injection: the same steps); "between injections" what it gains
-    from there to the next: below 0, forgetting.
+    from there to the next: below 0, forgetting. A part that a run does not have, as nothing lies
+    before an injection in the first step, is 0.
     """
     keys = [*MATCH, "injected", "entry_set"]
     table = lines.sort_values([*keys, "step"])
@@ -174,7 +175,8 @@ def knowledge_moves(lines: pd.DataFrame) -> pd.DataFrame:
     opening = (groups["phase"].shift() == "start") & (table["phase"] == "before")
     table = table.assign(part=part.where(~opening, PARTS[0]), gain=groups["knowledge"].diff())
     moves = table.dropna(subset=["part", "gain"]).groupby([*keys, "part"])["gain"].sum()
-    return moves.reset_index()
+    wide = moves.unstack("part").reindex(columns=sorted(PARTS), fill_value=0.0).fillna(0.0)
+    return wide.rename_axis(columns="part").stack().rename("gain").reset_index()
 
 
 # --- axes -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from test_sources import build_wheel, digest
 from test_sources import no_pip as no_pip
 
 import kelib
-from kelib import reference
+from kelib import reference, seals
 from kelib.checkpoints import NOTE, load_checkpoint, new_model
 from kelib.cluster import load_cluster
 from kelib.config import Model, load_profile, profile_from
@@ -27,7 +27,7 @@ from kelib.errors import KelibError
 from kelib.published import load_published, published_from
 from kelib.results import open_tables
 from kelib.schema import read_yaml
-from kelib.sharded_states import load_state, save_state
+from kelib.sharded_states import NOTES, load_state, save_state
 from kelib.sources import Member, fetch
 from kelib.task_files import export_questions
 from kelib.trajectory_profile import load_trajectory
@@ -147,12 +147,19 @@ def test_a_pickle_in_a_state_of_many_processes_is_not_run(tmp_path):
     folder = save_state(trained, tmp_path / "state")
     assert load_state(again, tmp_path / "state") == {}
     assert torch.equal(trained.model.weight, again.model.weight)
-    index = folder / ".metadata"
+
+    def plant(content):
+        """In the index, and in the seal: who can write the one can write the other."""
+        (folder / ".metadata").write_bytes(pickle.dumps(content))
+        note = seals.unsealed(json.loads((folder / NOTES).read_text()))
+        note["files"] = seals.seal(folder, besides=[NOTES])
+        (folder / NOTES).write_text(json.dumps(seals.sealed(note)))
+
     for content in (Harm(mark), {"planner_data": [Harm(mark)]}, [torch.load]):
-        index.write_bytes(pickle.dumps(content))
+        plant(content)
         with pytest.raises(KelibError, match=r"step0000001 is not a state .*no part of it"):
             load_state(again, tmp_path / "state")
-    index.write_bytes(pickle.dumps([1]))
+    plant([1])
     with pytest.raises(KelibError, match=r"is not a state of this run \(.metadata holds a list\)"):
         load_state(again, tmp_path / "state")
     assert not mark.exists()

@@ -170,8 +170,18 @@ def test_an_injection_right_after_another_has_nothing_in_between() -> None:
     lines = plots_learning.knowledge_along(table, continual, {"once": 1, "paraphrase": 1})
     moves = plots_learning.knowledge_moves(lines)
     gain = moves[moves["entry_set"] == "once"].set_index("part")["gain"]
-    opening, at, _ = plots_learning.PARTS
-    assert gain.to_dict() == pytest.approx({opening: -1.0, at: 2.0})
+    opening, at, between = plots_learning.PARTS
+    assert gain.to_dict() == pytest.approx({opening: -1.0, at: 2.0, between: 0.0})
+
+
+def test_injections_in_every_step_leave_no_other_part() -> None:
+    table, continual = curves()
+    scored = table[table["phase"] != "before"].assign(step=lambda t: t["step"].rank(method="dense"))
+    lines = plots_learning.knowledge_along(scored, continual, {"once": 1, "paraphrase": 1})
+    moves = plots_learning.knowledge_moves(lines)
+    assert set(moves["part"]) == set(plots_learning.PARTS)
+    at = moves["part"] == plots_learning.PARTS[1]
+    assert (moves.loc[~at, "gain"] == 0).all() and (moves.loc[at, "gain"] != 0).any()
 
 
 def test_the_curve_shows_mean_seeds_and_injections(ax: Axes) -> None:
