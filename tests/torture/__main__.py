@@ -24,7 +24,7 @@ from kelib.errors import KelibError
 from .counts import FOLDER, append, promote
 
 # in the order of ``all``: those that take minutes first
-FAULTS = ("corruption", "fuzz", "resources", "same", "kills")
+FAULTS = ("corruption", "fuzz", "secrets", "resources", "same", "kills")
 
 
 def _arguments() -> argparse.ArgumentParser:
