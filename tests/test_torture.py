@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import random
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from test_notebooks import small_notebook
-from torture import resources, same
+from torture import kills, resources, same
 from torture.counts import append, counts
 from torture.grids import finished_grid
-from torture.kills import kill
+from torture.kills import family, kill
 from torture.trees import Tree, compare, own_words
 
 from kelib import jobs
@@ -139,6 +142,21 @@ def test_a_family_is_killed_to_the_last(way):
     process = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60"], start_new_session=True)
     victim, alive = kill(process, way, random.Random(0))
     assert "sleep 60" in victim and alive == []
+
+
+def test_what_descends_from_one_killed_process_must_end(monkeypatch):
+    monkeypatch.setattr(kills, "GRACE", 0.5)
+    dice = random.Random(0)
+    for order, left in ((1, 2), (-1, 0)):  # the shell first, then one of those that it started
+        monkeypatch.setattr(dice, "sample", lambda members, _, order=order: members[::order])
+        process = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60; sleep 60"], start_new_session=True)
+        while len(family(process)) < 3:
+            time.sleep(0.01)
+        _, alive = kill(process, "one", dice)
+        assert alive == ["sleep 60"] * left
+        assert (process.poll() is None) == (order == -1)  # the shell goes on without
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_grid_of_many_finished_runs_is_counted_and_what_they_rest_on_is_made_once(tree):

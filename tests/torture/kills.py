@@ -4,8 +4,9 @@ nobody disturbed.
 Three ways to kill, with SIGKILL: the process group of make (what a closed terminal or a batch
 system does; kernels have sessions of their own), one process of its family, or every one of them in
 random order. Within :data:`GRACE` seconds nothing of the family may be left: workers and kernels
-die with their parent. In the end measurements and the figures' numbers must be the same to the
-byte, and nothing that a process left half-written may lie around.
+die with their parent. Of one killed process those are meant that descend from it; make may go on
+without it, and is then killed again. In the end measurements and the figures' numbers must be the
+same to the byte, and nothing that a process left half-written may lie around.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def kill(process: subprocess.Popen[bytes], way: str, dice: random.Random) -> tuple[str, list[str]]:
-    """(command line of what was killed first, those of its family that outlived the grace)."""
+    """(command line of what was killed first, those of its family that outlived the grace).
+
+    Where one process was killed, make may still run afterwards.
+    """
     members = family(process)
     if not members:
         return "", []
@@ -48,13 +52,28 @@ def kill(process: subprocess.Popen[bytes], way: str, dice: random.Random) -> tup
     line = _line(order[0])
     if way == "group":
         os.killpg(process.pid, signal.SIGKILL)
-    else:
-        for member in order[: 1 if way == "one" else None]:
+    elif way == "all":
+        for member in order:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
-    process.wait()  # of one killed process make may go on with what it can, and then stop
-    _, alive = psutil.wait_procs(members, timeout=GRACE)
+    else:
+        with suppress(psutil.NoSuchProcess):
+            members = [*order[0].children(recursive=True), order[0]]
+            order[0].kill()
+    if way != "one" or order[0].pid == process.pid:
+        process.wait()
+    limit = time.monotonic() + GRACE
+    while (alive := [member for member in members if _runs(member)]) and time.monotonic() < limit:
+        time.sleep(0.05)
     return line, [_line(member) for member in alive]
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not where only its parent has not yet asked how it ended."""
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _line(process: psutil.Process) -> str:
@@ -73,8 +92,10 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     tree = Tree(options.folder / "killed", options.targets, options.short)
     dice, done = random.Random(options.seed), 0
     tree.clear()
+    process: subprocess.Popen[bytes] | None = None
+    hurt = False  # whether make goes on without one of its processes
     while True:
-        process, start = tree.start(), time.monotonic()
+        process, start = process or tree.start(), time.monotonic()
         limit = dice.expovariate(1 / options.pause) if done < options.count else None
         try:
             status = process.wait(limit)
@@ -86,6 +107,11 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if alive:
                 note += f"; outlived by {'; '.join(alive)}"
             yield {"case": f"kill {way}", "survived": int(not alive), "note": note}
+            hurt = process.poll() is None
+            process = process if hurt else None
+            continue
+        process, lacked, hurt = None, hurt, False
+        if status != 0 and lacked:
             continue
         if status != 0:
             raise KelibError(f"make fails after {done} kills, seed {options.seed}:\n{tree.said()}")
