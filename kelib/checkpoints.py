@@ -75,7 +75,8 @@ def read_note(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         siblings = [p.name for p in folder.parent.glob("step*")] if folder.parent.exists() else []
         raise KelibError(
-            f"no checkpoint of this study in {folder}; beside it are {listing(siblings)}"
+            f"no checkpoint of this study in {folder}; beside it are {listing(siblings)}; delete "
+            f"{folder.parent} and run again, or name one of these"
         ) from error
     except (OSError, ValueError, TypeError) as error:  # not JSON, or not a mapping
         raise KelibError(

@@ -45,7 +45,8 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
     """Pretrain from scratch; writes ``stepNNNNNNN`` checkpoints and ``losses.json`` (nats per
     token).
     """
-    from kelib.checkpoints import check_checkpoints, new_model, save_checkpoint
+    from kelib.checkpoints import check_checkpoints, new_model, save_checkpoint, step_folder
+    from kelib.state_files import check_state
     from kelib.training import Trainer
 
     packed = load_corpus(inputs["corpus"])
@@ -86,7 +87,10 @@ def pretrain(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
 
     if state.exists():
         trainer.load_state(state)
-        check_checkpoints(folder, [0, *(s for s in plan.checkpoints if s <= trainer.step)])
+        saved = [0, *(step for step in plan.checkpoints if step <= trainer.step)]
+        check_checkpoints(folder, saved)
+        for step in set(saved) & set(plan.optimizer_states):
+            check_state(step_folder(folder, step) / OPTIMIZER)
     else:
         keep(0)
     trainer.run(on_step=on_step)

@@ -62,11 +62,11 @@ def sealed(note: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(note: Any) -> dict[str, Any]:
-    """The note without its seal. Raises ValueError if it is not what was sealed; what was written
-    by an older kelib has no seal and is taken as it is."""
+    """The note without its seal. Raises ValueError if it has none or is not what was sealed."""
     plain = dict(note)
-    wanted = plain.pop("seal", None)
-    if wanted is not None and wanted != (found := digest(plain)):
+    if (wanted := plain.pop("seal", None)) is None:
+        raise ValueError("it has no seal")
+    if wanted != (found := digest(plain)):
         raise ValueError(f"its digest is {found}, it was sealed with {wanted}")
     return plain
 

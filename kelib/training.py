@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from kelib.config import Optimizer
 from kelib.errors import KelibError, listing
+from kelib.state_files import BROKEN, read_notes, refusal, write_state
 
 LOSS_EVERY = 25  # steps between two readings of the loss: reading waits for an accelerator
 PRECISIONS = ("float32", "bf16")
@@ -227,11 +224,7 @@ class Trainer:
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():
                 tensors[f"{key}.{names[id(parameter)]}"] = torch.as_tensor(value).contiguous()
-        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-        notes = {"step": str(self.step), "losses": json.dumps(self.losses)}
-        notes["sha256"] = _content_digest(notes, tensors, tensors.__getitem__)
-        save_file(tensors, temporary, metadata=notes)
-        temporary.replace(path)
+        write_state(path, tensors, {"step": self.step, "losses": self.losses})
 
     def load_state(self, path: Path) -> None:
         """Continue where :meth:`save_state` stopped, as if the run had not been interrupted.
@@ -252,10 +245,9 @@ class Trainer:
         # fused AdamW wants its moments beside the weights; safetensors knows cpu, but not cpu:0
         device = "cpu" if self.accelerator.device.type == "cpu" else str(self.accelerator.device)
         try:
-            _check_content(path)
+            notes = read_notes(path)
+            step, losses = int(notes["step"]), list(notes["losses"])
             with safe_open(path, framework="pt", device=device) as state:
-                notes = state.metadata()
-                step, losses = int(notes["step"]), json.loads(notes["losses"])
                 stored = set(state.keys())
                 for name, parameter in model.named_parameters():
                     kept = state.get_tensor(f"model.{name}")
@@ -268,38 +260,9 @@ class Trainer:
                             key: state.get_tensor(f"{key}.{name}")
                             for key in ("step", "exp_avg", "exp_avg_sq")
                         }
-        except (
-            SafetensorError,
-            OSError,
-            RuntimeError,
-            TypeError,
-            LookupError,
-            ValueError,
-        ) as error:
-            raise KelibError(f"{path} is not a state of this run ({error}); delete it") from error
+        except BROKEN as error:
+            raise refusal(path, error) from error
         return step, losses
-
-
-def _content_digest(
-    notes: Mapping[str, str], names: Iterable[str], tensor: Callable[[str], torch.Tensor]
-) -> str:
-    """The sha256 of step and losses and of the bytes of every tensor, in the order of names."""
-    head = [notes["step"], notes["losses"]]
-    total = hashlib.sha256(json.dumps(head).encode())
-    for name in sorted(names):
-        plain = tensor(name).detach().cpu().contiguous()
-        total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        total.update(plain.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
-def _check_content(path: Path) -> None:
-    """Raise ValueError for a state that is not what was written; one tensor at a time."""
-    with safe_open(path, framework="pt") as state:
-        notes = state.metadata()
-        found = _content_digest(notes, state.keys(), state.get_tensor)
-    if (wanted := notes.get("sha256", found)) != found:  # an older kelib wrote none
-        raise ValueError(f"its content has sha256 {found[:12]}, not {wanted[:12]}")
 
 
 def _require_plain(accelerator: Accelerator) -> None:

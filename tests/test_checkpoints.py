@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kelib import seals
 from kelib.checkpoints import (
     NOTE,
     check_checkpoints,
@@ -166,7 +167,7 @@ def test_another_configuration_is_refused_with_both_digests(run):
 
 def test_a_missing_checkpoint_lists_its_siblings(run):
     message = (
-        r"no checkpoint of this study in .*step0000013; beside it are step0000000, step0000012$"
+        r"no checkpoint of this study in .*step0000013; beside it are step0000000, step0000012; delete"
     )
     with pytest.raises(KelibError, match=message):
         load_checkpoint(run / "step0000013")
@@ -205,11 +206,10 @@ def test_a_broken_file_is_refused_with_its_name(run, name, harm):
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_file_of_an_older_checkpoint_is_refused_with_its_folder(run):
-    """Whose note does not say what its files were."""
+def test_a_broken_file_under_a_new_seal_is_refused_with_its_folder(run):
     folder = run / "step0000012"
-    note = json.loads((folder / NOTE).read_text())
-    (folder / NOTE).write_text(json.dumps({k: note[k] for k in note if k not in ("files", "seal")}))
+    note = seals.unsealed(json.loads((folder / NOTE).read_text()))
+    (folder / NOTE).write_text(json.dumps(seals.sealed({**note, "files": {}})))
     load_checkpoint(folder, "abc123")
     (folder / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(

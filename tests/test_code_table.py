@@ -38,7 +38,7 @@ LEFT_OUT = {
     "sections",
     "temporary",
 }
-LEFT_OUT |= {"checkpoint_files", "fetching", "hub", "versions"}
+LEFT_OUT |= {"checkpoint_files", "fetching", "hub", "state_files", "versions"}
 
 
 def parsed(module: str) -> ast.Module:

@@ -149,7 +149,8 @@ def test_what_descends_from_one_killed_process_must_end(monkeypatch):
     dice = random.Random(0)
     for order, left in ((1, 2), (-1, 0)):  # the shell first, then one of those that it started
         monkeypatch.setattr(dice, "sample", lambda members, _, order=order: members[::order])
-        process = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60; sleep 60"], start_new_session=True)
+        script = "sleep 60 & sleep 60; sleep 60"
+        process = subprocess.Popen(["sh", "-c", script], start_new_session=True)
         while len(family(process)) < 3:
             time.sleep(0.01)
         _, alive = kill(process, "one", dice)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from kelib.checkpoints import new_model
 from kelib.config import Model, Optimizer
 from kelib.errors import KelibError
+from kelib.state_files import NOTES
 from kelib.training import LOSS_EVERY, Trainer, learning_rate_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,8 @@ def finish(state, target):
 
 def content(path):
     with safe_open(path, framework="np") as state:
-        return {name: state.get_tensor(name) for name in state.keys()}, state.metadata()  # noqa: SIM118
+        tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
+        return tensors, json.loads(state.metadata()[NOTES])
 
 
 @pytest.fixture(autouse=True)
@@ -237,9 +239,10 @@ def test_resuming_in_a_fresh_process_changes_no_bit(tmp_path):
     )
     expected, notes = content(tmp_path / "whole")
     found, found_notes = content(tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
     assert found_notes == notes
-    assert notes["step"] == str(STEPS)
-    assert json.loads(notes["losses"]) == whole.losses
+    assert notes["step"] == STEPS
+    assert notes["losses"] == whole.losses
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(found[name], tensor, err_msg=name)
@@ -351,7 +354,7 @@ def flipped(path):
 def other_step(path):
     tensors, notes = content(path)
     tensors = {name: torch.from_numpy(t) for name, t in tensors.items()}
-    save_file(tensors, path, metadata={**notes, "step": "0"})
+    save_file(tensors, path, metadata={NOTES: json.dumps({**notes, "step": 0})})
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def _go_on(run: Any) -> str:
     shutil.copytree(run.partial, kept)
     try:
         perform(run)
-        paths = [path for path in _paths(run.folder) if path.name != "run.json"]
+        paths = [path for path in _paths(run.folder) if path.name != "run.json"]  # has its times
         return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     finally:
         shutil.rmtree(run.folder, ignore_errors=True)
