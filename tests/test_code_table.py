@@ -185,7 +185,7 @@ def test_comments_docstrings_and_layout_do_not_change_the_digest(copied_code):
     assert before == {kind: code_digest(kind) for kind in CODE}
     assert before == copied_code("training", '"""The one training loop', '"""Another docstring')
     assert before == copied_code("training", '    """AdamW on batches', '    """Adam on batches')
-    assert before == copied_code("training", "import json\n", "# a remark\n\nimport json  # why\n")
+    assert before == copied_code("training", "import math\n", "# a remark\n\nimport math  # why\n")
     assert before == copied_code("training", "low + (1 - low)", "low + (  1 - low  )")
 
 

@@ -116,7 +116,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
     model = new_model(Model("olmo", 16, 16, 1, 2), VOCABULARY, LENGTH, 0)
     folder, mark = tmp_path / "step", tmp_path / "mark"
     model.save_pretrained(folder)
-    (folder / NOTE).write_text(json.dumps({"digest": "x"}))
+    (folder / NOTE).write_text(json.dumps(seals.sealed({"digest": "x"})))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Harm(mark)}))
     with pytest.raises(KelibError, match=r"step cannot be loaded .*; delete it, run again"):

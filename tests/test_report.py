@@ -256,7 +256,7 @@ def test_fresh_figure_has_its_executed_notebook_and_a_warning_when_stale(tmp_pat
     assert shown.warnings == [
         "Drawn from another interventions.csv than the one that is there now."
     ]
-    (tmp_path / f"{name}.json").write_text("{}", encoding="utf-8")
+    (tmp_path / f"{name}.json").write_text(json.dumps(sealed({})), encoding="utf-8")
     again = f"delete it and run make figures/small/{name}.json PROFILE=small"
     with pytest.raises(KelibError, match=re.escape(f"names no digest, inputs: {again}")):
         figure(name, tables, tmp_path, tmp_path / "report.html", fresh=True)

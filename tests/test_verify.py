@@ -208,7 +208,7 @@ def test_a_verdict_that_changes_is_printed_and_fails_only_if_asked_to(tmp_path, 
     assert "] -> contradicted, +0.326 [+0.1" in printed
     wanted = "NOT verified: of 141 quantities 140 same, 1 within, 0 OFF, but 1 judgement changed"
     assert printed.splitlines()[-1] == wanted
-    assert "]; both averaged by seed: undecided, +0.306 [" in printed
+    assert "]; both averaged by seed: contradicted, +0.306 [" in printed
 
 
 def test_two_runs_together_are_judged_by_the_mean_of_each_seed():
