@@ -57,6 +57,7 @@ def kill(process: subprocess.Popen[bytes], way: str, dice: random.Random) -> tup
             with suppress(psutil.NoSuchProcess):
                 member.kill()
     else:
+        members = []  # none, where it has just ended by itself
         with suppress(psutil.NoSuchProcess):
             members = [*order[0].children(recursive=True), order[0]]
             order[0].kill()
