@@ -37,6 +37,9 @@ AFTER_9 := $(if $(call has,regimes),ours_regimes)
 LATE := $(if $(strip $(AFTER_6)),$(OUT)/6_mechanism.ipynb) $(if $(AFTER_7),$(OUT)/7_branches.ipynb) \
 	$(if $(AFTER_9),$(OUT)/9_regimes.ipynb)
 FIGURES := $(AFTER_2) $(AFTER_3) $(AFTER_4) $(AFTER_6) $(AFTER_7) $(AFTER_9) ours_contrasts
+# A notebook writes its results before its last cell has run. One that was killed in between left its
+# unfinished copy, and is run again although the results are there: prerequisites of its target.
+cut = $(if $(wildcard $(OUT)/.$(1).ipynb.*.ipynb),unfinished)
 # a profile may name its figures
 NAMED := $(shell sed -n 's/^figures: *\[\(.*\)\].*/\1/p' '$(PARAMS)' 2>/dev/null | tr ',' ' ')
 FIGURES := $(or $(strip $(NAMED)),$(FIGURES))
@@ -52,7 +55,7 @@ endif
 DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
 	tables.py config.py sections.py study.py)
 
-.PHONY: help figures study test test-stages test-figures torture check format data plan memories audit status notebooks bench reference verify \
+.PHONY: unfinished help figures study test test-stages test-figures torture check format data plan memories audit status notebooks bench reference verify \
 	report check-report clean search doctor docs lab
 help: ## list the targets
 	@echo "make TARGET [PROFILE=smoke|small|...]   (default profile: small)"
@@ -62,14 +65,14 @@ figures: $(FIGURES:%=$(OUT)/%.json) ## environment, data, study and figures of a
 	@echo "figures of profile $(PROFILE): $(OUT)"
 
 # The profile is checked before anything is computed or fetched; the stages follow one another.
-$(MEASURED)/pretraining.csv: notebooks/stages/1_pretrain.ipynb $(PARAMS) $(COMPUTE) | $(READY)
+$(MEASURED)/pretraining.csv: notebooks/stages/1_pretrain.ipynb $(PARAMS) $(COMPUTE) $(call cut,1_pretrain) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/1_pretrain.ipynb -p profile=$(PROFILE) -p scratch=false
-$(MEASURED)/checkpoints.csv: notebooks/stages/2_entropy.ipynb $(MEASURED)/pretraining.csv
+$(MEASURED)/checkpoints.csv: notebooks/stages/2_entropy.ipynb $(MEASURED)/pretraining.csv $(call cut,2_entropy)
 	@$(RUN) $< $(OUT)/2_entropy.ipynb -p profile=$(PROFILE) -p scratch=false
-$(MEASURED)/continual.csv: notebooks/stages/3_continual.ipynb $(MEASURED)/checkpoints.csv
+$(MEASURED)/continual.csv: notebooks/stages/3_continual.ipynb $(MEASURED)/checkpoints.csv $(call cut,3_continual)
 	@$(RUN) $< $(OUT)/3_continual.ipynb -p profile=$(PROFILE) -p scratch=false
-$(MEASURED)/interventions.csv: notebooks/stages/4_interventions.ipynb $(MEASURED)/continual.csv
+$(MEASURED)/interventions.csv: notebooks/stages/4_interventions.ipynb $(MEASURED)/continual.csv $(call cut,4_interventions)
 	@$(RUN) $< $(OUT)/4_interventions.ipynb -p profile=$(PROFILE) -p scratch=false
 
 # these write many tables: the executed notebook says that all of them are there
@@ -86,11 +89,11 @@ $(OUT)/9_regimes.ipynb: notebooks/stages/9_regimes.ipynb $(PARAMS) $(COMPUTE) \
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $@ -p profile=$(PROFILE) -p scratch=false
 
-$(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) $(OWN) | $(READY)
+$(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) $(OWN) $(call cut,5_published) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/5_published.ipynb -p profile=$(PROFILE) -p scratch=false
 
-$(MEASURED)/revisions.csv: notebooks/stages/8_trajectory.ipynb $(PARAMS) $(COMPUTE) $(TRAJECTORY) | $(READY)
+$(MEASURED)/revisions.csv: notebooks/stages/8_trajectory.ipynb $(PARAMS) $(COMPUTE) $(TRAJECTORY) $(call cut,8_trajectory) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/8_trajectory.ipynb -p profile=$(PROFILE) -p scratch=false
 
@@ -103,6 +106,7 @@ $(AFTER_6:%=$(OUT)/%.json): $(OUT)/6_mechanism.ipynb
 $(AFTER_7:%=$(OUT)/%.json): $(OUT)/7_branches.ipynb
 $(AFTER_9:%=$(OUT)/%.json): $(OUT)/9_regimes.ipynb
 $(OUT)/ours_contrasts.json: $(MEASURED)/interventions.csv notebooks/params/contrasts.yaml $(LATE)
+$(foreach figure,$(FIGURES),$(if $(call cut,$(figure)),$(eval $(OUT)/$(figure).json: unfinished)))
 $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
 	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,31 @@ def test_a_family_is_killed_to_the_last(way):
     process = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60"], start_new_session=True)
     victim, alive = kill(process, way, random.Random(0))
     assert "sleep 60" in victim and alive == []
+
+
+def test_a_notebook_that_was_killed_after_it_wrote_its_results_runs_again(tmp_path):
+    """Its unfinished copy tells; without that, results would stand there without a notebook."""
+    tree = Tree(tmp_path / "whole", [])
+    measured, out = tree.folder / "data" / "measurements" / "smoke", tree.folder / "figures/smoke"
+    made = [measured / "pretraining.csv", measured / "checkpoints.csv", out / "fig08_layers.json"]
+    for path in made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        time.sleep(0.01)
+
+    def asked() -> list[str]:
+        status, said = tree.make("-n", str(made[-1].relative_to(tree.folder)), "PROFILE=smoke")
+        assert status == 0
+        return re.findall(r"kelib notebook notebooks/(\S+)\.ipynb", said)
+
+    figure, stage = ["fig08_layers"], ["stages/2_entropy"]
+    assert asked() == []
+    for name, wanted in (("fig08_layers", figure), ("2_entropy", stage + figure)):
+        left = out / f".{name}.ipynb.4711.ipynb"
+        left.touch()
+        assert asked() == wanted
+        left.unlink()
+    assert asked() == []
 
 
 def test_what_descends_from_one_killed_process_must_end(monkeypatch):
