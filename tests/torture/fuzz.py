@@ -46,13 +46,15 @@ TOKENS = (
     *(b"---\n", b"...\n", b"|", b">", b"%YAML 9.9\n", b"#", b"'", b'"', b",", b'"\\ud800"'),
     *(b"NaN", b"-Infinity", b"null", b"true", b"- " * 500),
 )
+# copies, as a reader may change what it is given
+ODDITIES = st.sampled_from(ODD).map(copy.deepcopy)
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
     st.floats(),
     st.text(max_size=20),
-    st.sampled_from(ODD),
+    ODDITIES,
 )
 ANYTHING = st.recursive(
     SCALARS,
@@ -91,11 +93,11 @@ def _change(draw: Any, value: Any) -> Any:
         path.append((place, draw(st.sampled_from(keys))))
         place = place[path[-1][1]]
     if not path:
-        return draw(st.one_of(st.sampled_from(ODD), ANYTHING))
+        return draw(st.one_of(ODDITIES, ANYTHING))
     parent, key = path[-1]
     what = draw(st.sampled_from(("odd", "any", "gone", "more", "other", "number")))
     if what == "odd":
-        parent[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
+        parent[key] = draw(ODDITIES)
     elif what == "any":
         parent[key] = draw(ANYTHING)
     elif what == "gone":
@@ -103,7 +105,7 @@ def _change(draw: Any, value: Any) -> Any:
     elif what == "more" and isinstance(parent, list):
         parent.insert(key, copy.deepcopy(draw(st.sampled_from((*parent, *ODD)))))
     elif what == "more":
-        parent[draw(st.text(max_size=8))] = copy.deepcopy(draw(st.sampled_from(ODD)))
+        parent[draw(st.text(max_size=8))] = draw(ODDITIES)
     elif what == "other":
         (of, at) = draw(st.sampled_from(path))
         parent[key] = copy.deepcopy(of[at]) if of is not parent else None
