@@ -105,6 +105,8 @@ def test_differences_have_sizes_by_quantity_and_other_rows_are_refused(tmp_path)
     sized = ["max_absolute", "max_relative", "mean_of_range"]
     assert found.loc[0, sized].tolist() == pytest.approx([0.5, 0.2, 0.5 / 3 / 2])
     assert found.loc[1, "values":].tolist() == [2, 0, 0, 0, 0]
+    constant = sizes(one.assign(b=[0.5, np.nan, 0.51]))
+    assert constant.loc[1, "mean_of_range"] == pytest.approx(0.01 / 2 / 0.5)  # of its size
     for other, why in (
         (one.assign(seed=[1, 2, 4]), "column seed differs"),
         (one.assign(b=0.5), "column b has other missing values"),

@@ -146,7 +146,7 @@ def _sized(tree: Tree, expected: Mapping[str, bytes], variation: Variation) -> d
 def differences(expected: Mapping[str, bytes], found: Mapping[str, bytes]) -> pd.DataFrame:
     """By table and quantity: ``values``, how many of them ``changed``, the largest absolute and
     relative difference (of the larger one), and the mean one as a share of the quantity's range in
-    its table.
+    its table, of its size where it is a constant.
 
     KelibError if a table is missing, or differs in rows, columns or anything that is no number.
     """
@@ -171,7 +171,7 @@ def differences(expected: Mapping[str, bytes], found: Mapping[str, bytes]) -> pd
             scale = np.maximum(np.abs(a), np.abs(b))
             if not len(a):
                 continue
-            reach = np.ptp(a)
+            reach = np.ptp(a) or np.abs(a).max()  # of a constant: its size
             sizes.append(
                 {
                     "table": Path(name).stem,
