@@ -95,29 +95,35 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     tree.clear()
     process: subprocess.Popen[bytes] | None = None
     hurt = False  # whether make goes on without one of its processes
-    while True:
-        process, start = process or tree.start(), time.monotonic()
-        limit = dice.expovariate(1 / options.pause) if done < options.count else None
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            way = dice.choice(WAYS)
-            victim, alive = kill(process, way, dice)
-            done += 1
-            note = f"after {time.monotonic() - start:.1f} s: {victim}"
-            if alive:
-                note += f"; outlived by {'; '.join(alive)}"
-            yield {"case": f"kill {way}", "survived": int(not alive), "note": note}
-            hurt = process.poll() is None
-            process = process if hurt else None
-            continue
-        process, lacked, hurt = None, hurt, False
-        if status != 0 and lacked:
-            continue
-        if status != 0:
-            raise KelibError(f"make fails after {done} kills, seed {options.seed}:\n{tree.said()}")
-        bad = compare(tree, expected)
-        yield {"case": "run to the end", "survived": int(not bad), "note": "; ".join(bad)}
-        if done >= options.count:
-            return
-        tree.clear()
+    try:
+        while True:
+            process, start = process or tree.start(), time.monotonic()
+            limit = dice.expovariate(1 / options.pause) if done < options.count else None
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                way = dice.choice(WAYS)
+                victim, alive = kill(process, way, dice)
+                done += 1
+                note = f"after {time.monotonic() - start:.1f} s: {victim}"
+                if alive:
+                    note += f"; outlived by {'; '.join(alive)}"
+                yield {"case": f"kill {way}", "survived": int(not alive), "note": note}
+                hurt = process.poll() is None
+                process = process if hurt else None
+                continue
+            process, lacked, hurt = None, hurt, False
+            if status != 0 and lacked:
+                continue
+            if status != 0:
+                raise KelibError(
+                    f"make fails after {done} kills, seed {options.seed}:\n{tree.said()}"
+                )
+            bad = compare(tree, expected)
+            yield {"case": "run to the end", "survived": int(not bad), "note": "; ".join(bad)}
+            if done >= options.count:
+                return
+            tree.clear()
+    finally:  # an interrupt ends make as well
+        if process is not None and process.poll() is None:
+            kill(process, "group", dice)
