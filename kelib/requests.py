@@ -51,10 +51,19 @@ def encode_requests(
     """All ``(context, continuation)`` pairs as token ids that fit a model which reads at most
     ``window`` tokens and has ``words`` embeddings. Contexts that do not fit are cut on the left.
 
-    Raises KelibError, naming the request, for a continuation that encodes to nothing or exceeds the
-    window, for an empty context if the tokenizer has nothing to put there, and for token ids
-    outside the embeddings.
+    Raises KelibError, naming the request, for half a surrogate pair, which is no character and which
+    no tokenizer takes, for a continuation that encodes to nothing or exceeds the window, for an
+    empty context if the tokenizer has nothing to put there, and for token ids outside the
+    embeddings.
     """
+    for number, pair in enumerate(requests):
+        try:
+            "".join(pair).encode()
+        except UnicodeEncodeError as error:
+            raise KelibError(
+                f"request {number}: {pair[0][-40:]!r} and {pair[1][:40]!r} hold half a surrogate "
+                "pair, which is no character; remove it"
+            ) from error
     encoded = []
     for number, (ids, target) in enumerate(_encode(tokenizer, requests)):
         context, continuation = requests[number]

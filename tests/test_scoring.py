@@ -213,6 +213,14 @@ def test_the_window_is_used_to_its_end_and_no_further(model_of, tokenizer):
         score_continuations(model, tokenizer, [("a", " b"), ("a", token * (WINDOW + 1))])
 
 
+def test_half_a_surrogate_pair_is_refused(model_of, tokenizer):
+    for pair in (("The \ud800", " b"), ("The", " \udfff")):
+        with pytest.raises(KelibError, match=r"request 1: .* hold half a surrogate pair"):
+            score_continuations(model_of("olmo"), tokenizer, [("a", " b"), pair])
+    whole = score_continuations(model_of("olmo"), tokenizer, [("The \U0001f600", " b")])
+    assert whole[0].tokens > 0
+
+
 def test_an_empty_continuation_is_refused(model_of, tokenizer):
     said = "request 1: the continuation '' encodes to no token of its own after 'The home'; give it"
     with pytest.raises(KelibError, match=said):
