@@ -51,10 +51,9 @@ def encode_requests(
     """All ``(context, continuation)`` pairs as token ids that fit a model which reads at most
     ``window`` tokens and has ``words`` embeddings. Contexts that do not fit are cut on the left.
 
-    Raises KelibError, naming the request, for half a surrogate pair, which is no character and which
-    no tokenizer takes, for a continuation that encodes to nothing or exceeds the window, for an
-    empty context if the tokenizer has nothing to put there, and for token ids outside the
-    embeddings.
+    Raises KelibError, naming the request, for half a surrogate pair, which is no character, for a
+    continuation that encodes to nothing or exceeds the window, for an empty context if the
+    tokenizer has nothing to put there, and for token ids outside the embeddings.
     """
     for number, pair in enumerate(requests):
         try:
