@@ -104,7 +104,8 @@ def _arithmetic(root: Path) -> list[str]:
     for case, rows in read_table(path).groupby("case", sort=False):
         worst: Any = rows.iloc[int(np.argmax(rows["mean_of_range"]))]
         parts.append(
-            f"{case}: {len(rows)} quantities, in the mean by at most {worst['mean_of_range']:.1e} "
+            f"{case}: {(rows['changed'] > 0).sum()} of {len(rows)} quantities, in the mean by at "
+            f"most {worst['mean_of_range']:.1e} "
             f"of the range of one ({worst['table']}, {worst['quantity']})"
         )
     return ["", "**On one machine** tables change under " + "; ".join(parts) + "."]

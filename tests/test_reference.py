@@ -393,7 +393,9 @@ def test_faults_in_markdown(tmp_path: Path) -> None:
     table = pd.DataFrame(rows, columns=["fault", "case", "tried", "survived"])
     write_table(table, tmp_path / "torture" / "faults.csv", note)
     changes = [("two threads", "loss", "pretraining", 1e-6), ("two threads", "k_cl", "end", 2e-5)]
+    changes.append(("two threads", "steps", "end", 0.0))
     changed = pd.DataFrame(changes, columns=["case", "quantity", "table", "mean_of_range"])
+    changed["changed"] = [4, 1, 0]
     write_table(changed, tmp_path / "torture" / "differences.csv", note)
     spread = [("known", "k", 0.1), ("continual", "p_cl", 1.4), ("known", "p", 0.3)]
     machines = pd.DataFrame(spread, columns=["table", "quantity", "spread"])
@@ -410,7 +412,7 @@ def test_faults_in_markdown(tmp_path: Path) -> None:
     assert "Its runs took 4.4 hours of one core, 131 minutes of two." in text
     assert "1 of 9 verdicts and outcomes would be others:\n\n| | committed" in text
     assert "\n| One (nats) | a, +1 | b | c |" in text
-    assert "two threads: 2 quantities, in the mean by at most 2.0e-05 of the range" in text
+    assert "two threads: 2 of 3 quantities, in the mean by at most 2.0e-05 of the range" in text
 
 
 def test_first_contact_in_markdown(tmp_path: Path) -> None:
