@@ -176,7 +176,8 @@ def knowledge_moves(lines: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(part=part.where(~opening, PARTS[0]), gain=groups["knowledge"].diff())
     moves = table.dropna(subset=["part", "gain"]).groupby([*keys, "part"])["gain"].sum()
     wide = moves.unstack("part").reindex(columns=sorted(PARTS), fill_value=0.0).fillna(0.0)
-    return wide.rename_axis(columns="part").stack().rename("gain").reset_index()
+    long: Any = wide.rename_axis(columns="part").stack()  # a Series: there is one level
+    return pd.DataFrame(long.rename("gain").reset_index())
 
 
 # --- axes -----------------------------------------------------------------------------------------

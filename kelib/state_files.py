@@ -62,5 +62,5 @@ def _digest(names: Iterable[str], tensor: Callable[[str], torch.Tensor]) -> str:
     for name in sorted(names):
         plain = tensor(name).detach().cpu().contiguous()
         total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        total.update(plain.reshape(-1).view(torch.uint8).numpy())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

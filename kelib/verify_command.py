@@ -164,7 +164,8 @@ def _changed(report: Report) -> Iterator[dict[str, str]]:
     if that cannot be).
     """
     asked = declared()
-    statements = {one.id: one.statement for one in (*asked.claims, *asked.contrasts)}
+    statements = {claim.id: claim.statement for claim in asked.claims}
+    statements |= {contrast.id: contrast.statement for contrast in asked.contrasts}
     for row in report.claims.to_dict("records"):
         rate = "" if pd.isna(row["learning_rate"]) else f" at CL rate {row['learning_rate']:g}"
         sides = {side: _judged(row, side) for side in ("reference", "fresh", "both")}
