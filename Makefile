@@ -5,17 +5,13 @@ SHELL := /bin/sh
 PROFILE ?= small
 include env.mk
 
-# the code that computes; drawing, claims and notebooks are not part of it
-PLOTS := $(wildcard kelib/plots*.py)
-REPORT := $(wildcard kelib/report*.py)
-OWN := $(addprefix kelib/,own_model.py own_model_jobs.py)
-TRAJECTORY := $(addprefix kelib/,trajectory.py trajectory_profile.py trajectory_jobs.py fetching.py continued.py continued_profile.py \
-	continued_jobs.py continued_intervals.py known.py learning_text.py learning.py learning_inputs.py sharding.py sharded_states.py)
-COMPUTE := $(filter-out $(PLOTS) $(REPORT) $(addprefix kelib/,trends.py results.py claims.py verdicts.py contrasts.py associations.py reference.py \
-	readme.py readme_figures.py readme_words.py readme_faults.py notebooks.py __main__.py audit.py soundness.py inspection.py checkpoint_files.py \
-	planner.py plan_check.py plan_report.py plan_trajectory.py calibration.py miniature.py scale.py cluster.py any_profile.py \
-	table_layouts.py tolerances.py comparison.py variation.py changed_claims.py verify.py verify_command.py \
-	arguments.py memories.py doctor.py sliders.py api_pages.py),$(filter-out $(TRAJECTORY) $(OWN),$(wildcard kelib/*.py)))
+# what drawing rests on: a change of the compute code alone does not redraw
+PLOTS := $(wildcard kelib/plots*.py) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py trends.py \
+	intervention_effects.py results.py)
+DRAW := $(PLOTS) $(addprefix kelib/,metrics.py tables.py config.py sections.py study.py study_runs.py)
+# What runs the stages again is all other code, which costs seconds where no number rests on it: runs are
+# done again by the digest of what they rest on (kelib/code_table.py), not by times of files.
+COMPUTE := $(filter-out $(PLOTS) $(wildcard kelib/report*.py kelib/readme*.py),$(wildcard kelib/*.py))
 PARAMS := notebooks/params/$(PROFILE).yaml
 MEASURED := data/measurements/$(PROFILE)
 OUT := figures/$(PROFILE)
@@ -51,10 +47,6 @@ endif
 ifneq ($(call has,trajectory),)
 FIGURES := ours_trajectory $(if $(call has,learning),ours_published_stages)
 endif
-# what drawing rests on: a change of the compute code alone does not redraw
-DRAW := $(PLOTS) $(addprefix kelib/,claims.py verdicts.py contrasts.py associations.py metrics.py trends.py results.py \
-	tables.py config.py sections.py study.py)
-
 .PHONY: unfinished help figures study test test-stages test-figures torture check format data plan memories audit status notebooks bench reference verify \
 	report check-report clean search doctor docs lab
 help: ## list the targets
@@ -89,11 +81,11 @@ $(OUT)/9_regimes.ipynb: notebooks/stages/9_regimes.ipynb $(PARAMS) $(COMPUTE) \
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $@ -p profile=$(PROFILE) -p scratch=false
 
-$(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) $(OWN) $(call cut,5_published) | $(READY)
+$(MEASURED)/texts.csv: notebooks/stages/5_published.ipynb $(PARAMS) $(COMPUTE) $(call cut,5_published) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/5_published.ipynb -p profile=$(PROFILE) -p scratch=false
 
-$(MEASURED)/revisions.csv: notebooks/stages/8_trajectory.ipynb $(PARAMS) $(COMPUTE) $(TRAJECTORY) $(call cut,8_trajectory) | $(READY)
+$(MEASURED)/revisions.csv: notebooks/stages/8_trajectory.ipynb $(PARAMS) $(COMPUTE) $(call cut,8_trajectory) | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)
 	@$(RUN) $< $(OUT)/8_trajectory.ipynb -p profile=$(PROFILE) -p scratch=false
 

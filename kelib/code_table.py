@@ -35,22 +35,22 @@ _MODEL = (
     *("world", "entries", "dice", "wordings"),
 )
 _TRAJECTORY = (
-    *("trajectory_jobs", "published_jobs", "convergence", "corpus"),
+    *("trajectory_jobs", "published_jobs", "source_text", "convergence", "corpus"),
     *_MODEL,
     *_ENTROPY,
     *_EVALUATION,
 )
-_LEARNING_TEXT = ("learning_text", "packed_text", "hub_text", *_MODEL)
+_LEARNING_TEXT = ("learning_text", "packed_text", "hub_text", "source_text", *_MODEL)
 _KNOWN = (
     *("known", "continued_profile", "fictional", "published_questions", "questions"),
     *("tasks", "task_files", "tables:write_atomically"),
     *_LEARNING_TEXT,
     *_EVALUATION,
 )
-_MECHANISM = ("mechanism", "attribution", "decomposition", "sensitivity")
+_MECHANISM = ("mechanism_inputs", "attribution", "decomposition", "sensitivity")
 CODE = {
     "corpus": (
-        *("jobs:corpus", "sources", "parsing", "corpus", "packing"),
+        *("jobs:corpus", "sources", "source_text", "parsing", "corpus", "packing"),
         *("world", "entries", "dice", "wordings"),
     ),
     "hub_text": ("hub_text", "parsing"),
@@ -62,7 +62,11 @@ CODE = {
     "intervene": ("jobs:intervene", *_CHANGED),
     "import_model": _MODEL,
     "own_model": ("own_model_jobs", "architectures", *_MODEL),
-    "published": ("published_jobs", "convergence", "corpus", *_ENTROPY, *_EVALUATION),
+    "published": (
+        *("published_jobs", "source_text", "convergence", "corpus"),
+        *_ENTROPY,
+        *_EVALUATION,
+    ),
     "asked": (
         *("published_questions", "questions", "tasks", "task_files", "scoring"),
         *("requests", "pretrained", "sources", "world", "entries", "dice", "wordings"),
@@ -82,7 +86,7 @@ CODE = {
         *_CHANGED,
     ),
     # the continual learning that they look into brings all the rest
-    "mechanism": _MECHANISM,
+    "mechanism": ("mechanism", *_MECHANISM),
     "later": ("jobs:later", "retention", *_MECHANISM),
     "reactivation": ("jobs:reactivation", "reactivation", *_MECHANISM),
     "branch": ("branches", "training", "checkpoints"),

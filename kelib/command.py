@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import kelib
-from kelib import hub_sources, sources
+from kelib import hub_sources, source_text, sources
 from kelib.accumulation import DEFINITIONS
 from kelib.config import repository_root
 from kelib.entropy import measure_entropy
@@ -197,7 +197,7 @@ def read_documents(text: str) -> list[str]:
     """Documents of a file or folder, else of a source of ``data/sources.yaml``, fetched first, or
     of a hub source, ``hub:NAME``."""
     if Path(text).exists():
-        return sources.local_documents(Path(text))
+        return source_text.local_documents(Path(text))
     if text.startswith(hub_sources.PREFIX):
         return hub_sources.read_documents(text, repository_root() / "data")
     known = sources.manifest() if sources.MANIFEST.exists() else {}
@@ -208,7 +208,7 @@ def read_documents(text: str) -> list[str]:
         )
     folder = repository_root() / "data" / "sources"
     sources.fetch(known[text], folder)
-    return sources.documents(text, folder)
+    return source_text.documents(text, folder)
 
 
 def run(arguments: dict[str, Any]) -> None:

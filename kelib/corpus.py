@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kelib import sources
+from kelib import source_text, sources
 from kelib.config import Corpus
 from kelib.errors import KelibError, listing
 from kelib.packing import pack, save_tokenizer, train_tokenizer
@@ -47,13 +47,13 @@ def source_documents(name: str, folder: Path, settings: Corpus, seed: int) -> li
         stream = world.documents(other)
         return list(dict.fromkeys(next(stream) for _ in range(GENERATED_DOCUMENTS)))
     if name in sources.manifest():
-        return sources.documents(name, folder)
+        return source_text.documents(name, folder)
     if not Path(name).exists():
         raise KelibError(
             f"unknown source {name!r}: use {listing(sources.manifest())}, generated:NAME, or "
             "a file or folder that exists"
         )
-    return sources.local_documents(Path(name))
+    return source_text.local_documents(Path(name))
 
 
 def split_documents(
@@ -65,7 +65,7 @@ def split_documents(
     splits: dict[str, list[str]] = {split: [] for split in shares}
     for name in names:
         for document in source_documents(name, folder, settings, seed):
-            splits[sources.split_of(document, shares)].append(document)
+            splits[source_text.split_of(document, shares)].append(document)
     generator = np.random.default_rng([seed, 11])
     for split, documents in splits.items():
         unique = list(dict.fromkeys(documents))

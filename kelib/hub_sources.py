@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kelib import hub, sources
+from kelib import hub, source_text
 from kelib.catalogue import DATA, read_lock, write_lock
 from kelib.errors import KelibError, listing
 from kelib.hub_text import how_to_bring, text_file
@@ -196,4 +196,4 @@ def read_documents(name: str, data: Path) -> list[str]:
     """
     run = text_run(name, data)
     perform(run)
-    return sources.local_documents(text_file(run.folder))
+    return source_text.local_documents(text_file(run.folder))

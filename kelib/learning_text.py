@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kelib import sources
+from kelib import source_text, sources
 from kelib.errors import KelibError
 from kelib.model_import import generated_documents
 from kelib.packed_text import TOKENS, open_blocks, pack_hub_text
@@ -80,8 +80,8 @@ def _documents(name: str, folder: Path) -> list[str]:
     known = sources.manifest()
     if name in known:
         sources.fetch(known[name], folder)
-        return sources.documents(name, folder)
-    return sources.local_documents(Path(name))
+        return source_text.documents(name, folder)
+    return source_text.local_documents(Path(name))
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

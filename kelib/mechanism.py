@@ -3,8 +3,9 @@ facts go, and how much a change of the weights costs.
 
 Appendix A.1 of the paper argues that updates concentrate on memories with large coefficients. The
 measures are those of :mod:`kelib.attribution`, :mod:`kelib.decomposition` and
-:mod:`kelib.sensitivity`; here is what they are applied to. Samples are small, so that a run takes
-well under a minute at d = 64, m = 512 and 4 layers on one core:
+:mod:`kelib.sensitivity`; what they are applied to is made in :mod:`kelib.mechanism_inputs`.
+Samples are small, so that a run takes well under a minute at d = 64, m = 512 and 4 layers on one
+core:
 
 * batches: the first 64 sequences that continual learning reads, without passages (``domain``); the
   original passage of every entry (``passages``); the batch of the first injection (``mixed``);
@@ -14,23 +15,17 @@ well under a minute at d = 64, m = 512 and 4 layers on one core:
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from transformers import AutoModelForCausalLM
 
 from kelib.attribution import layer_table, measure_gradients, share_table
 from kelib.checkpoints import load_checkpoint, step_folder
 from kelib.config import Continual, Corpus, Training, convert
-from kelib.continual import reading_order
-from kelib.corpus import PackedCorpus, load_corpus
+from kelib.corpus import load_corpus
 from kelib.decomposition import (
     Rows,
     carrier_table,
@@ -38,52 +33,16 @@ from kelib.decomposition import (
     overlap_table,
     row_changes,
 )
-from kelib.errors import KelibError
 from kelib.evaluation import score_questions
-from kelib.injection import Injector, encode_passages, injection_schedule
-from kelib.sensitivity import (
-    Moments,
-    adamw_step,
-    moments_of,
-    noise_table,
-    parameter_groups,
-    step_table,
-)
-from kelib.training import Trainer
+from kelib.mechanism_inputs import Setting, batches_of, load_weights, optimizer_states
+from kelib.sensitivity import Moments, adamw_step, noise_table, parameter_groups, step_table
 from kelib.world import World, build_world
 
-DOMAIN_SEQUENCES = 64
-WARM_STEPS = 20
 HELDOUT_SEQUENCES = 64
 NOISE_SIZES = (0.01, 0.03, 0.1, 0.3)
 NOISE_SEEDS = (0, 1)
 STEP_SIZES = (1.0, 3.0, 10.0)
 OPTIMIZER = "optimizer.safetensors"  # where pretraining keeps moments, see kelib.jobs
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all measurements of a run share. ``after`` is ``model`` after continual learning."""
-
-    model: Any
-    after: Any
-    tokenizer: Any
-    world: World
-    packed: PackedCorpus
-    plan: Continual
-    training: Training
-    learning_rate: float
-    cl_seed: int
-
-    def read(self, first: int, sequences: int) -> np.ndarray:
-        """Domain text in the order of continual learning, from sequence ``first`` on, int64."""
-        text, plan = self.packed.blocks["domain"], self.plan
-        order = reading_order(len(text), plan.steps * plan.batch_size, 1, self.cl_seed)
-        return np.asarray(text[order[first : first + sequences]], dtype=np.int64)
-
-    def batch_at(self, step: int) -> np.ndarray:
-        """The batch of a step of continual learning, without passages."""
-        return self.read(step * self.plan.batch_size, self.plan.batch_size)
 
 
 def mechanism(
@@ -126,79 +85,7 @@ def mechanism(
         table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
 
 
-def load_weights(run: Path) -> Any:
-    """The model that a run of continual learning kept, float32. KelibError if it kept none."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
-    except Exception as error:  # transformers raises many kinds for a folder that is no model
-        reason = " ".join(str(error).split())
-        raise KelibError(
-            f"{run} has no weights to look into ({reason}); only injected runs of the protocol "
-            "with one of continual.curve_seeds keep theirs: delete the run and make it again"
-        ) from error
-    return model.eval()
-
-
 # --- gradients and updates ----------------------------------------------------------------------
-
-
-def batches_of(setting: Setting) -> dict[str, dict[str, np.ndarray]]:
-    """Token ids and masks by name: ``domain``, ``passages`` (cut at the length of a sequence, as
-    continual learning does, and padded) and ``mixed``.
-    """
-    plan, world = setting.plan, setting.world
-    length = setting.packed.blocks["domain"].shape[1]
-    entries = {"once": world.once, "paraphrase": world.paraphrase}
-    passages = encode_passages(setting.tokenizer, entries)
-    schedule = injection_schedule(
-        len(world.once),
-        len(world.paraphrase),
-        plan.injections,
-        plan.steps,
-        plan.batch_size,
-        setting.cl_seed,
-        passages,
-        length,
-    )
-    first = int(schedule.loc[schedule["moved"] == 0, "step"].min())
-    mixed = Injector(schedule, passages).apply(setting.batch_at(first), first)
-    parts = [
-        np.asarray(wordings[0][start : start + length])
-        for wordings in passages.values()
-        for start in range(0, len(wordings[0]), length)
-    ]
-    ids = np.zeros((len(parts), max(map(len, parts))), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, part in enumerate(parts):
-        ids[row, : len(part)], mask[row, : len(part)] = part, 1
-    return {
-        "domain": {"input_ids": setting.read(0, DOMAIN_SEQUENCES)},
-        "passages": {"input_ids": ids, "attention_mask": mask},
-        "mixed": {"input_ids": mixed},
-    }
-
-
-def optimizer_states(setting: Setting, kept: Path) -> dict[str, Moments | None]:
-    """Moments of AdamW before a step, by name: ``first_step`` none; ``warm_step`` those after 20
-    steps of continual learning on domain text alone; ``own_moments`` those with which pretraining
-    arrived at the checkpoint, if the file ``kept`` exists. KelibError if it is broken.
-    """
-    plan, options = setting.plan, dataclasses.asdict(setting.training)
-
-    def trainer() -> Trainer:
-        started = copy.deepcopy(setting.model)
-        rate = setting.learning_rate
-        return Trainer(started, setting.batch_at, plan.steps, rate, plan.optimizer, **options)
-
-    warm = trainer()
-    warm.run(until=min(WARM_STEPS, plan.steps))
-    states: dict[str, Moments | None] = {"first_step": None}
-    states["warm_step"] = moments_of(warm.model, warm.optimizer)
-    if kept.exists():
-        own = trainer()
-        own.load_moments(kept)
-        states["own_moments"] = moments_of(own.model, own.optimizer)
-    return states
 
 
 def gradient_tables(

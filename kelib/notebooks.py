@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
     ``<output>.failed.ipynb`` and a KelibError names the cell's error; ``output`` is then left as
     it was. An unknown parameter is an error (papermill itself only warns).
     """
+    skip_address_grammar()
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -67,13 +69,22 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
             ) from error
         if isinstance(error, RuntimeError) and "ernel" in str(error):
             raise KelibError(
-                f"{notebook.name} stopped, its kernel was ended or could not start "
-                f"({first_line(error)}); most often memory is lacking: free some or lower workers, "
-                "then run again; runs that are finished are kept"
+                f"{notebook.name} stopped, its kernel was ended or did not start in time "
+                f"({first_line(error)}); most often memory is lacking or the machine is crowded: "
+                "free some memory, stop other jobs or lower workers, then run again; runs that are "
+                "finished are kept"
             ) from error
         raise
     _hide_secrets(temporary)
     temporary.replace(output)
+
+
+def skip_address_grammar() -> None:
+    """Keep jsonschema from compiling a grammar of international addresses (``rfc3987_syntax``, which
+    JupyterLab brings): most of the time that importing papermill or nbformat takes, for a format
+    that no schema of notebooks has. It goes without where the module is missing.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def _hide_secrets(notebook: Path) -> None:

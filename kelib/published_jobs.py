@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kelib import sources
+from kelib import source_text, sources
 from kelib.accumulation import Accumulator
 from kelib.architectures import feed_forwards
 from kelib.batches import block_batches, read_batch
@@ -169,13 +169,13 @@ def read_text(name: str, folder: Path) -> list[str]:
     known = sources.manifest()
     if name in known:
         sources.fetch(known[name], folder)
-        return sources.documents(name, folder)
+        return source_text.documents(name, folder)
     if not Path(name).exists():
         raise KelibError(
             f"unknown source {name!r}: use {listing(known)}, generated:NAME, or a file or folder "
             "that exists"
         )
-    return sources.local_documents(Path(name))
+    return source_text.local_documents(Path(name))
 
 
 def draw_sequences(

@@ -25,7 +25,7 @@ from kelib.entropy import measure_entropy
 from kelib.errors import KelibError
 from kelib.evaluation import evaluate
 from kelib.measurement import EntropyMeasurement
-from kelib.mechanism import load_weights
+from kelib.mechanism_inputs import load_weights
 from kelib.panel import TAU, dormant_share
 from kelib.world import build_world
 

@@ -10,6 +10,7 @@ from typing import Any
 from kelib.config import repository_root
 from kelib.errors import KelibError, listing
 from kelib.memories import REFERENCE as MEMORIES
+from kelib.notebooks import skip_address_grammar
 from kelib.readme import refresh_readme
 from kelib.redaction import hidden
 from kelib.results import Tables, open_tables, promote_files, read_figure_note
@@ -121,6 +122,7 @@ def _drawn_figures(name: str, drawn: Path, measured: Path) -> list[Path]:
 
 def execute_in_place(notebook: Path) -> None:
     """Run a notebook with its own default parameters and keep the outputs in the file itself."""
+    skip_address_grammar()
     import nbformat
     from nbclient import NotebookClient
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from kelib.config import Continual, Training, convert
 from kelib.continual import reading_order
 from kelib.corpus import PackedCorpus
-from kelib.mechanism import load_weights
+from kelib.mechanism_inputs import load_weights
 from kelib.training import Trainer
 
 ORDER = 500  # added to the CL seed, so that no order of continual learning comes again

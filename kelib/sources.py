@@ -15,15 +15,13 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import yaml
 
 from kelib.errors import KelibError, listing
-from kelib.parsing import PARSERS, one_line, parse_files
-from kelib.parsing import local_documents as local_documents  # a source like the others
+from kelib.parsing import PARSERS, one_line
 
 MANIFEST = Path(__file__).resolve().parent.parent / "data" / "sources.yaml"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -162,7 +160,7 @@ def fetch(source: Source, folder: Path) -> list[Path]:
     folder = Path(folder)
     targets = source.paths(folder)
     try:
-        if _whole(source, targets):
+        if is_whole(source, targets):
             return targets
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -186,7 +184,8 @@ def fetch(source: Source, folder: Path) -> list[Path]:
     return targets
 
 
-def _whole(source: Source, paths: list[Path]) -> bool:
+def is_whole(source: Source, paths: list[Path]) -> bool:
+    """Whether all members lie there with the sha256 of the manifest."""
     pairs = zip(paths, source.members, strict=True)
     return all(path.is_file() and _sha256(path) == member.sha256 for path, member in pairs)
 
@@ -265,61 +264,3 @@ def _extract(archive: Path, member: Member, scratch: Path) -> Path:
     target.write_bytes(content)
     _verify(target.name, _sha256(target), member.sha256)
     return target
-
-
-# --- documents and splits ------------------------------------------------------------------------
-
-
-def parse(source: Source, folder: Path) -> list[str]:
-    """The documents of a fetched source: see ``documents``."""
-    paths = source.paths(folder)
-    if not _whole(source, paths):
-        raise KelibError(
-            f"source {source.name!r} is not whole in {paths[0].parent}; run 'make data' to fetch it"
-        )
-    found = parse_files(paths, source.format, source.longer_than)
-    counted = (len(found), sum(len(text.encode()) for text in found))
-    if counted != (source.documents, source.text_bytes):
-        raise KelibError(
-            f"source {source.name!r} parsed into {counted[0]} documents of {counted[1]} bytes, "
-            f"data/sources.yaml says {source.documents} of {source.text_bytes}; "
-            "measure again when the parser was changed on purpose"
-        )
-    return found
-
-
-def documents(name: str, folder: Path) -> list[str]:
-    """The documents of a source of the manifest, fetched into ``folder`` before.
-
-    Text is stripped, white space normalised, exact duplicates removed, in the order of the files.
-    Raises KelibError: unknown name, source not fetched whole, content that does not parse, or
-    counts other than the manifest's.
-    """
-    sources = manifest()
-    if name not in sources:
-        raise KelibError(f"unknown source {name!r}; choose one of {listing(sources)}")
-    return parse(sources[name], Path(folder))
-
-
-def split_of(document: str, shares: Mapping[str, float]) -> str:
-    """The split a document belongs to: a function of its text and of ``shares`` alone.
-
-    The first 8 bytes of the text's sha256 as a fraction of 2^64 fall into one of consecutive
-    intervals as long as the shares, in their order. Nothing else in the corpus matters,
-    so splits stay disjoint when sources come or go. Raises KelibError unless the shares are at
-    least 0 and sum to 1 within 1e-9.
-
-    >>> split_of("Some text.", {"train": 1.0, "held_out": 0.0})
-    'train'
-    """
-    if not (all(share >= 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-9):
-        raise KelibError(f"shares {dict(shares)} must be at least 0 and sum to 1; correct them")
-    digest = hashlib.sha256(document.encode("utf-8")).digest()
-    fraction = int.from_bytes(digest[:8], "big") / 2**64
-    end = 0.0
-    for name, share in shares.items():
-        end += share
-        if fraction < end:
-            return name
-    # Rounding of the sum may leave the last sliver out: it goes to the last split with a share.
-    return [name for name, share in shares.items() if share > 0][-1]

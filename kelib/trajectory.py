@@ -1,4 +1,4 @@
-"""Entropies along the pretraining of a model that others trained: runs and tables. No torch.
+"""Entropies along the pretraining of a model that others trained: its runs. No torch.
 
 A trajectory profile names a model and steps. Each step is one run: its checkpoint is fetched at a
 pinned commit, measured on every text (see :mod:`kelib.trajectory_jobs`) and released, while the
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,20 +27,11 @@ from kelib.fetching import GIB, fetching_ahead, held, make_room
 from kelib.hub_sources import text_runs
 from kelib.own_model import place_of, state_of, with_places
 from kelib.published import GENERATED, data_folder
-from kelib.results import Tables, open_tables
 from kelib.revisions import Revision, pick, read_name
 from kelib.run import Run
 from kelib.runs import execute
-from kelib.tables import provenance, read_table, seal_vectors, write_table
-from kelib.trajectory_profile import (
-    KEY,
-    OF_A_RUN,
-    TrajectoryProfile,
-    load_trajectory,
-    trajectory_from,
-)
-
-TABLES = ("entropy", "totals", "texts", "revisions")
+from kelib.trajectory_profile import KEY, OF_A_RUN, TrajectoryProfile, load_trajectory
+from kelib.trajectory_tables import write_tables
 
 
 @dataclass(frozen=True)
@@ -192,7 +182,7 @@ def open_trajectory(
 
 
 def measure_trajectory(study: Trajectory) -> dict[str, pd.DataFrame]:
-    """Do the missing runs and write the tables of :data:`TABLES`, which are returned.
+    """Do the missing runs, write the tables of :data:`kelib.trajectory_tables.TABLES`, return them.
 
     ``entropy``, ``totals`` and ``texts``: as of :func:`kelib.published.measure_published`, with
     revision, step and tokens_seen (of training) in front. ``revisions``: stage, repository, commit
@@ -216,7 +206,7 @@ def measure_trajectory(study: Trajectory) -> dict[str, pd.DataFrame]:
         execute(runs, profile.workers, KEY, profile.executor)
     else:
         _fetch_and_do(study, groups)
-    tables = _write(study, study.runs(), remarks)
+    tables = write_tables(study, study.runs(), remarks)
     if profile.learning is not None:
         tables |= continued.write_tables(study, tables["totals"])
     return tables
@@ -252,75 +242,3 @@ def _ahead(study: Trajectory, missing: list[list[Run]], workers: int) -> Any:
 
 def _all_done(runs: list[Run]) -> bool:
     return all(run.done for run in runs)
-
-
-def _write(
-    study: Trajectory, runs: list[Run], remarks: Mapping[str, str]
-) -> dict[str, pd.DataFrame]:
-    rows = [
-        {
-            "revision": revision.name,
-            "step": revision.step,
-            "tokens_seen": study.tokens_seen(revision),
-            "stage": revision.stage,
-            "repo": run.settings["repo"],
-            "commit": run.settings["repo"] and revision.commit,
-            "remarks": remarks.get(revision.name, ""),
-        }
-        for revision, run in zip(study.revisions, runs, strict=True)
-    ]
-    parts = {name: _below_each_other(rows, runs, name) for name in TABLES[:-1]}
-    parts["revisions"] = pd.DataFrame(rows)
-    inputs = {run.settings["revision"]: run.digest for run in runs}
-    note = provenance(study.profile.parameters, [study.profile.seed], inputs)
-    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
-    note["runs"] = len(runs)
-    vectors = []
-    for run in runs:
-        run.check(["coefficients.safetensors"])
-        name = f"coefficients-{run.settings['revision'].replace('/', '-')}.safetensors"
-        vectors.append(study.measurements / name)
-        shutil.copyfile(run.folder / "coefficients.safetensors", vectors[-1])
-    files = {"entropy": seal_vectors(vectors)}
-    tables = {}
-    for name, part in parts.items():
-        path = study.measurements / f"{name}.csv"
-        write_table(part, path, note | ({"files": files[name]} if name in files else {}))
-        tables[name] = read_table(path)
-    return tables
-
-
-def _below_each_other(
-    rows: Iterable[Mapping[str, Any]], runs: Iterable[Run], name: str
-) -> pd.DataFrame:
-    parts = []
-    for row, run in zip(rows, runs, strict=True):
-        part = run.read_table(f"{name}.csv")
-        part.insert(0, "data", part.pop("data"))
-        for place, key in enumerate(("revision", "step", "tokens_seen")):
-            part.insert(place, key, row[key])
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
-
-
-class TrajectoryTables(Tables):
-    """Tables of a trajectory profile, opened for drawing."""
-
-    @property
-    def label(self) -> str:
-        """Profile, model and seed, as figures show them."""
-        chosen = self.trajectory
-        return f"profile {self.name} · {chosen.model.source} · seed {chosen.seed}"
-
-    @property
-    def trajectory(self) -> TrajectoryProfile:
-        """What the tables were made with, read from their provenance."""
-        return trajectory_from(self.parameters)
-
-
-def open_trajectory_tables(name: str, source: str = "reference") -> TrajectoryTables:
-    """As :func:`kelib.results.open_tables`, for a trajectory profile."""
-    found = open_tables(name, source)
-    return TrajectoryTables(
-        **{field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    )

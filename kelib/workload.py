@@ -22,9 +22,9 @@ CHARACTERS = 3  # of probes and questions, a token of the tokenizers trained her
 TABLES = 64 * 1024  # bytes of the tables that a run writes, about
 FILES, WORD = 4096, 50  # bytes beside the weights of a checkpoint, and of a word of its tokenizer
 WEIGHT, STATE = 4, 12  # bytes of a parameter in float32: the weight; with two moments
-# What kelib.mechanism, which imports torch, takes as samples: steps for the moments of an optimizer
-# under way; passes over 64 held-out sequences (four sizes of noise, two draws, six groups; three
-# sizes of three steps); answers to all questions
+# What kelib.mechanism and its inputs take as samples (they import torch): steps for the moments of
+# an optimizer under way; passes over 64 held-out sequences (four sizes of noise, two draws, six
+# groups; three sizes of three steps); answers to all questions
 WARM_STEPS, SEQUENCES, PASSES, ANSWERS = 20, 64, 4 * 2 * 6 + 3 * 3, 4 * 2 + 3 * 3
 
 

@@ -28,8 +28,9 @@ from kelib.items import accuracy_interval, gain_interval
 from kelib.plots_learning import MATCH
 from kelib.runs import perform, with_inputs
 from kelib.tables import read_provenance
-from kelib.trajectory import TABLES, Trajectory, measure_trajectory
+from kelib.trajectory import Trajectory, measure_trajectory
 from kelib.trajectory_profile import load_trajectory, trajectory_from
+from kelib.trajectory_tables import TABLES
 
 STEPS, LENGTH, UPDATES, EVERY = [100, 400], 32, 8, 3
 PREFIXES = ("mem", "gen", "hard_gen")

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from kelib import doctor as module
+from kelib import machine
 from kelib.archives import models
 from kelib.config import repository_root
-from kelib.doctor import MISSING, NOTE, OK, Finding, archives_in, doctor, examine
+from kelib.doctor import doctor, examine
+from kelib.machine import MISSING, NOTE, OK, Finding, archives_in
 from kelib.sources import manifest
 
 ROOT = repository_root()
@@ -47,8 +49,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("JUPYTER_DATA_DIR", raising=False)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(module, "usable_cores", lambda: 4)
-    monkeypatch.setattr(module, "usable_memory", lambda: 8e9)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    monkeypatch.setattr(machine, "usable_memory", lambda: 8e9)
     return tmp_path
 
 
@@ -177,10 +179,10 @@ def test_python(version: tuple[int, int], state: str, monkeypatch: pytest.Monkey
 
 
 def test_poor_machine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "usable_cores", lambda: 1)
-    monkeypatch.setattr(module, "usable_memory", lambda: 1e9)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(machine, "usable_memory", lambda: 1e9)
     usage = shutil.disk_usage(root)._replace(free=10**8)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     states = {f.what: f.state for f in examine(ENVIRONMENT, root)}
     assert states["cores"] == states["memory"] == states["browser"] == NOTE

@@ -26,7 +26,7 @@ from kelib.packed_text import open_blocks
 from kelib.packing import pack_text, save_tokenizer, train_tokenizer
 from kelib.published import PublishedStudy, load_published
 from kelib.published_jobs import read_text
-from kelib.sources import local_documents
+from kelib.source_text import local_documents
 from kelib.study import Study
 
 REPO = "me/corpus"

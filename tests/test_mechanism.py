@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from short import SHORT, do, measured_study
 
-from kelib import jobs, mechanism, stages
+from kelib import jobs, mechanism, mechanism_inputs, stages
 from kelib.attribution import measure_gradients
 from kelib.beyond import mechanism_runs
 from kelib.checkpoints import load_checkpoint, step_folder
@@ -56,7 +56,7 @@ class Finished:
         return load_checkpoint(step_folder(self.study.pretrain_run(SEED).folder, step))[0]
 
     def after(self, step):
-        return mechanism.load_weights(self.run_of(step).inputs["continual"].folder)
+        return mechanism_inputs.load_weights(self.run_of(step).inputs["continual"].folder)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_gradients_are_those_of_the_checkpoint(finished):
     wide = table.pivot(index=["stage_step", "batch", "layer"], columns="learning_rate")
     assert np.allclose(wide["slope"][6e-3], wide["slope"][1e-3])  # no rate plays a part
     blocks = load_corpus(finished.study.corpus_run(SEED).folder).blocks["domain"]
-    order = mechanism.reading_order(len(blocks), 10 * 16, 1, 0)[:64]
+    order = mechanism_inputs.reading_order(len(blocks), 10 * 16, 1, 0)[:64]
     ids = np.asarray(blocks[order], dtype=np.int64)
     found = mechanism.layer_table(measure_gradients(finished.model(10), ids))
     rows = rows_of(table, stage_step=10, learning_rate=6e-3, batch="domain")
@@ -282,7 +282,7 @@ def setting(finished):
     run = finished.run_of(10)
     model, tokenizer = load_checkpoint(step_folder(run.inputs["pretrain"].folder, 10))
     profile = finished.study.profile
-    return mechanism.Setting(
+    return mechanism_inputs.Setting(
         model,
         model,
         tokenizer,
@@ -296,7 +296,7 @@ def setting(finished):
 
 
 def test_mixed_is_the_first_batch_with_passages(setting):
-    batches = mechanism.batches_of(setting)
+    batches = mechanism_inputs.batches_of(setting)
     mixed, plain = batches["mixed"]["input_ids"], setting.batch_at(0)  # an injection at every step
     assert mixed.shape == plain.shape == (16, 64)
     changed = (mixed != plain).any(axis=1)
@@ -307,7 +307,7 @@ def test_mixed_is_the_first_batch_with_passages(setting):
 
 
 def test_passages_are_the_originals_and_padding_is_masked(setting):
-    ids, mask = mechanism.batches_of(setting)["passages"].values()
+    ids, mask = mechanism_inputs.batches_of(setting)["passages"].values()
     assert ids.shape == mask.shape and ids.shape[1] <= 64
     read = "".join(
         setting.tokenizer.decode(row[kept == 1]) for row, kept in zip(ids, mask, strict=True)
@@ -319,7 +319,7 @@ def test_passages_are_the_originals_and_padding_is_masked(setting):
 
 def test_moments_under_way_are_those_of_twenty_steps_and_leave_the_model(setting, tmp_path):
     before = {name: w.detach().clone() for name, w in setting.model.named_parameters()}
-    states = mechanism.optimizer_states(setting, tmp_path / "none")
+    states = mechanism_inputs.optimizer_states(setting, tmp_path / "none")
     assert states["first_step"] is None and set(states) == {"first_step", "warm_step"}
     assert states["warm_step"].keys() == before.keys()
     steps = {float(state["step"]) for state in states["warm_step"].values()}

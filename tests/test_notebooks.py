@@ -18,7 +18,8 @@ from kelib.notebooks import run_notebook
 from kelib.parsing import one_line
 from kelib.readme import claims_markdown, replace_generated
 from kelib.reference import shown_profile
-from kelib.sources import documents, manifest
+from kelib.source_text import documents
+from kelib.sources import manifest
 from kelib.world import WorldSize, build_world
 
 ROOT = repository_root()

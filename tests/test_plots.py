@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation
 
-from kelib import plots
+from kelib import plots, plots_search
 
 pytestmark = pytest.mark.usefixtures("canvas")
 
@@ -251,7 +251,7 @@ def test_regimes(ax: Axes) -> None:
         ("strong", 1, 1.0, -0.8, 0.9),
     ]
     table = pd.DataFrame(rows, columns=["regime", "seed", "share", "gap_nats", "p"])
-    assert plots.regimes(table, ax, "strong") is ax
+    assert plots_search.regimes(table, ax, "strong") is ax
     drawn = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in ax.get_lines()]
     assert drawn == [
         ([0, 100], [-0.1, -0.2]),
@@ -263,7 +263,7 @@ def test_regimes(ax: Axes) -> None:
     assert ax.get_legend_handles_labels()[1] == ["gentle", "strong"]  # once, whatever the seeds
 
     other = plots.panels(1)[1][0, 0]
-    assert plots.regimes_accuracy(table, other, "strong") is other
+    assert plots_search.regimes_accuracy(table, other, "strong") is other
     chance, *lines = other.get_lines()
     assert set(chance.get_ydata()) == {25}
     assert [line.get_ydata().tolist() for line in lines] == [[25, 30], [20, 80], [20, 90]]

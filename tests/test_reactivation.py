@@ -19,7 +19,7 @@ from kelib.evaluation import evaluate
 from kelib.ffn import feed_forwards
 from kelib.interventions import resuscitation_multipliers
 from kelib.measurement import EntropyMeasurement
-from kelib.mechanism import load_weights
+from kelib.mechanism_inputs import load_weights
 from kelib.panel import dormant_share
 from kelib.reactivation import TOTAL, memory_sets, woken_memories, zeroed
 from kelib.tables import read_provenance

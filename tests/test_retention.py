@@ -15,7 +15,7 @@ from kelib.beyond_tables import retention as retained
 from kelib.beyond_tables import retention_table
 from kelib.corpus import load_corpus
 from kelib.errors import KelibError
-from kelib.mechanism import load_weights
+from kelib.mechanism_inputs import load_weights
 from kelib.tables import read_provenance
 
 SEED, LAST = 100, 20

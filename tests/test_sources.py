@@ -22,15 +22,8 @@ import yaml
 from kelib import sources
 from kelib.errors import KelibError
 from kelib.parsing import PARSERS
-from kelib.sources import (
-    Member,
-    Source,
-    documents,
-    fetch,
-    manifest,
-    parse,
-    split_of,
-)
+from kelib.source_text import documents, parse, split_of
+from kelib.sources import Member, Source, fetch, manifest
 
 LEADS = {"A": {"extract": "A first  lead."}, "B": {"extract": "Second ( ) lead."}}
 CONTENT = json.dumps(LEADS).encode()

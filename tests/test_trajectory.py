@@ -28,8 +28,9 @@ from kelib.errors import KelibError
 from kelib.fetching import GIB, fetching_ahead, make_room, release
 from kelib.runs import perform
 from kelib.tables import read_provenance, read_table
-from kelib.trajectory import TABLES, Trajectory, measure_trajectory, revisions_in
+from kelib.trajectory import Trajectory, measure_trajectory, revisions_in
 from kelib.trajectory_profile import load_trajectory, trajectory_from, trajectory_profiles
+from kelib.trajectory_tables import TABLES
 
 REPO = "me/tiny"
 STEPS = [0, 100, 200, 400]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from kelib import beyond, entities, grid, mechanism, sources, stages
+from kelib import beyond, entities, grid, mechanism, mechanism_inputs, sources, stages
 from kelib.config import load_profile
 from kelib.errors import KelibError
 from kelib.grid import (
@@ -99,7 +99,7 @@ def test_probes_and_questions_are_as_long_as_estimated(short_study):
 
 
 def test_samples_of_the_mechanism_are_those_of_its_module():
-    assert (WARM_STEPS, SEQUENCES) == (mechanism.WARM_STEPS, mechanism.HELDOUT_SEQUENCES)
+    assert (WARM_STEPS, SEQUENCES) == (mechanism_inputs.WARM_STEPS, mechanism.HELDOUT_SEQUENCES)
     noise = len(mechanism.NOISE_SIZES) * len(mechanism.NOISE_SEEDS)
     steps = 3 * len(mechanism.STEP_SIZES)
     assert (6 * noise + steps, noise + steps) == (PASSES, ANSWERS)

@@ -186,7 +186,8 @@ def light(folder: Path) -> list[Artefact]:
 
 def archives(folder: Path) -> list[Artefact]:
     """An archive placed by hand, and its member as fetched."""
-    from kelib.sources import fetch, parse
+    from kelib.source_text import parse
+    from kelib.sources import fetch
 
     sys.path.insert(0, str(repository_root()))
     from tests.test_sources import build_wheel
