@@ -22,7 +22,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from kelib import hub
 from kelib.catalogue import LOCK, CatalogueModel, catalogue, catalogued, pin
 from kelib.config import repository_root
 from kelib.errors import KelibError, listing
@@ -86,28 +85,6 @@ def refuse_bad(
             "these revisions under accept"
         )
     return remarks
-
-
-def require_fetched(name: str, chosen: Sequence[Revision], folder: Path | None = None) -> None:
-    """Where there is no network: refuse unless the hub's cache on this machine holds all files.
-
-    Raises KelibError with the files that each revision lacks and the commands that fetch them.
-    """
-    lacking, commands = [], []
-    for revision in chosen:
-        files = str(_row(name, revision, folder)["files"]).split()
-        if absent := hub.absent(revision.repo, revision.commit, files):
-            lacking.append(f"{', '.join(absent)} of {revision.name}")
-            commands.append(
-                f"'hf download {revision.repo} {' '.join(absent)} --revision {revision.commit}'"
-            )
-    if lacking:
-        folder_there = hub.cache_folder(chosen[0].repo)
-        raise KelibError(
-            f"the hub's cache on this machine lacks {'; '.join(lacking)}; where there is a network "
-            f"run {' and '.join(commands)}, then bring the folder {folder_there} of that cache "
-            "into this one"
-        )
 
 
 def run(name: str | None, lock: Path | None = None, folder: Path | None = None) -> None:

@@ -20,10 +20,11 @@ from kelib.contrasts import (
     rates_of,
 )
 from kelib.errors import KelibError, listing
-from kelib.verdicts import verdicts
+from kelib.verdicts import EXPLORATORY, NOT_TESTABLE, verdicts
 
 COLUMNS = ["kind", "name", "learning_rate", "n", "mean", "low95", "high95", "unit", "judgement"]
 KEYS = ["kind", "name", "learning_rate"]
+UNJUDGED = (NOT_RUN, NOT_TESTABLE, EXPLORATORY)  # rows of the claims table that nothing decides
 NEEDED = ("continual", "entropy", "checkpoints")
 Tables = Mapping[str, pd.DataFrame]
 
@@ -85,7 +86,8 @@ def compare_claims(
 ) -> tuple[pd.DataFrame, int, str]:
     """Judgements that differ, with columns ``_reference``, ``_fresh`` and ``_both``
     (:func:`together`; empty where that cannot be); how many were compared; and, where none was,
-    why. What one side lacks is not compared.
+    why. What one side lacks is not compared, nor what neither side could judge
+    (:data:`UNJUDGED`).
     """
     try:
         what = declared()
@@ -99,8 +101,10 @@ def compare_claims(
     compared = before.merge(after, on=[*KEYS, "unit"], suffixes=("_reference", "_fresh"))
     named = pooled.rename(columns={c: f"{c}_both" for c in COLUMNS if c not in (*KEYS, "unit")})
     compared = compared.merge(named, on=[*KEYS, "unit"], how="left")
+    undecided = [compared[f"judgement_{side}"].isin(UNJUDGED) for side in ("reference", "fresh")]
+    compared = compared[~(undecided[0] & undecided[1])]
     changed = compared[compared["judgement_reference"] != compared["judgement_fresh"]]
-    why = "" if len(compared) else "no claim was run"
+    why = "" if len(compared) else "no claim could be judged"
     return changed.reset_index(drop=True), len(compared), why
 
 

@@ -123,17 +123,6 @@ def read_header(repo: str, commit: str, file: HubFile) -> Header | None:
     return Header(8 + length + data, data, frozenset(told.tensors), dict(told.parameter_count))
 
 
-def absent(repo: str, commit: str, names: list[str]) -> list[str]:
-    """Those of the files of a commit that the hub's cache on this machine does not hold."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return [
-        name
-        for name in names
-        if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
-    ]
-
-
 def cache_folder(repo: str) -> str:
     """What the hub's cache calls the folder of a repository."""
     return f"models--{repo.replace('/', '--')}"

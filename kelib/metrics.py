@@ -259,28 +259,6 @@ def bootstrap_interval(
     return Interval(sample.size, estimate, float(low), float(high))
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean of ``a - b`` over pairs with its t interval, one pair per unit.
-
-    Two pandas Series are paired by their index, which must agree; anything else by position.
-    """
-    if isinstance(a, pd.Series) and isinstance(b, pd.Series):
-        unpaired = set(a.index) ^ set(b.index)
-        if unpaired or not (a.index.is_unique and b.index.is_unique):
-            raise KelibError(
-                f"the two sides pair up by unique index, but {listing(unpaired) or 'some'} "
-                "stands on one side only or repeats: finish the runs or drop these"
-            )
-        b = b.reindex(a.index)
-    first, second = _sample(a, "a"), _sample(b, "b")
-    if first.size != second.size:
-        raise KelibError(
-            f"a has {first.size} values and b has {second.size}, pairs need as many on each side: "
-            "finish the runs or drop the unpaired ones"
-        )
-    return mean_interval(first - second, confidence)
-
-
 def correlations(table: pd.DataFrame, x: Sequence[str], y: Sequence[str]) -> pd.DataFrame:
     """Pearson and Spearman correlation of every column of ``x`` with every one of ``y``.
 

@@ -80,9 +80,9 @@ def run_notebook(notebook: Path, output: Path, parameters: Mapping[str, Any]) ->
 
 
 def skip_address_grammar() -> None:
-    """Keep jsonschema from compiling a grammar of international addresses (``rfc3987_syntax``, which
-    JupyterLab brings): most of the time that importing papermill or nbformat takes, for a format
-    that no schema of notebooks has. It goes without where the module is missing.
+    """Keep jsonschema from compiling a grammar of international addresses (``rfc3987_syntax``, a
+    package that JupyterLab brings): most of the time that importing papermill or nbformat takes,
+    for a format that no schema of notebooks has. Where the module is missing it goes without.
     """
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 

@@ -107,14 +107,6 @@ def intervals_table(
     return text
 
 
-def _series(ax: Axes, x: Any, part: pd.DataFrame, index: int, label: str, **style: Any) -> None:
-    """One line with markers and intervals."""
-    errors = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
-    options: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7]}
-    options |= {"capsize": 2, "lw": 1.2} | style
-    ax.errorbar(x, part["mean"], yerr=np.nan_to_num(errors), label=label, **options)
-
-
 def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, int]) -> Axes:
     """Knowledge entropy (summed over layers, nats) against the step, all three phases, logarithmic
     steps.
@@ -190,46 +182,6 @@ def layer_changes(entropy: pd.DataFrame, ax: Axes, peak: int, tokens_per_step: i
     top = ax.secondary_xaxis("top", functions=(tokens_of, step_of))
     top.set_xlabel("tokens (millions)", fontsize=7)
     top.tick_params(labelsize=7)
-    return ax
-
-
-def by_stage(
-    summary: pd.DataFrame, ax: Axes, ticks: dict[int, str], ylabel: str, scale: float = 1.0
-) -> Axes:
-    """A quantity against the pretraining stage, one line a CL learning rate, with 95 % intervals.
-
-    ``summary`` comes from :func:`summarise` by learning_rate and stage_step; ``ticks`` maps steps
-    to labels.
-    """
-    steps = sorted(ticks)
-    for index, (rate, part) in enumerate(summary.groupby("learning_rate", sort=False)):
-        part = part.sort_values("stage_step")
-        part = part.assign(**{c: part[c] * scale for c in ("mean", "low", "high")})
-        # a little apart, so that intervals of different rates do not hide each other
-        x = np.array([steps.index(s) for s in part["stage_step"]]) + 0.06 * (index - 1)
-        _series(ax, x, part, index, f"CL rate {rate:g}")
-    ax.set_xticks(range(len(steps)), [ticks[step] for step in steps])
-    ax.set_ylabel(ylabel)
-    return ax
-
-
-def by_arm(
-    summary: pd.DataFrame, ax: Axes, arms: Sequence[str], ylabel: str, scale: float = 1.0
-) -> Axes:
-    """A quantity for each intervention arm, one marker a CL rate; a dashed line at the first arm
-    (the original).
-
-    ``summary`` comes from :func:`summarise` by learning_rate and arm.
-    """
-    for index, (rate, part) in enumerate(summary.groupby("learning_rate", sort=False)):
-        part = part.set_index("arm").reindex(list(arms))
-        part = part.assign(**{c: part[c] * scale for c in ("mean", "low", "high")})
-        _series(
-            ax, np.arange(len(arms)) + 0.08 * (index - 0.5), part, index, f"CL rate {rate:g}", ls=""
-        )
-        ax.axhline(part["mean"].iloc[0], color=COLOURS[index % 7], lw=0.8, ls="--")
-    ax.set_xticks(range(len(arms)), arms)
-    ax.set_ylabel(ylabel)
     return ax
 
 

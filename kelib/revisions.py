@@ -6,7 +6,6 @@ what to take instead is the caller's choice.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,25 +101,6 @@ def pick(
         chosen[name] = step
     by_name = {revision.name: revision for revision in revisions}
     return [by_name[name] for name in chosen]
-
-
-def named(revisions: Sequence[Revision], name: str) -> Revision:
-    """The revision of that name. Raises KelibError with the nearest: by step, if it has one."""
-    by_name = {revision.name: revision for revision in revisions}
-    if name in by_name:
-        return by_name[name]
-    wanted = read_name(revisions[0].repo, name, "")
-    near = difflib.get_close_matches(name, by_name, n=4)
-    if wanted.step is not None:
-        steps = {
-            r.step: r.name for r in revisions if r.stage == wanted.stage and r.step is not None
-        }
-        distance = {step: abs(step - wanted.step) for step in steps}
-        near = [steps[step] for step in sorted(steps, key=distance.__getitem__)[:4]]
-    raise KelibError(
-        f"{revisions[0].repo} has no revision {name!r}; the nearest of {len(by_name)} are "
-        f"{listing(near or list(by_name)[:4])}; give one of those"
-    )
 
 
 def _by_step(revisions: Sequence[Revision], stage: str | None) -> dict[int, list[Revision]]:

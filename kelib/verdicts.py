@@ -21,7 +21,7 @@ from kelib.errors import KelibError, listing
 
 LEAST_SEEDS = 5
 ROUNDING = 1e-12  # 0.30 - 0.25 is a hair below 0.05 in floating point, and must not fail "at least"
-NOT_TESTABLE, NOT_RUN = "not testable here", "not run"
+NOT_TESTABLE, NOT_RUN, EXPLORATORY = "not testable here", "not run", "exploratory"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def verdict(
     if untestable:
         label, reason = NOT_TESTABLE, untestable
     elif not claim.primary:
-        label, reason = "exploratory", "not a primary claim, no test"
+        label, reason = EXPLORATORY, "not a primary claim, no test"
     elif n < LEAST_SEEDS:
         label = f"indicative: {_beside_paper(mean, claim)}"
         reason = f"{n} of at least {LEAST_SEEDS} seeds"

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from hub_server import Hub, parts, sha256, tensors, whole
-from huggingface_hub import __version__, constants, hf_hub_download
+from huggingface_hub import __version__, constants
 
 from kelib import hub as asking
-from kelib.audit import audit, refuse_bad, require_fetched, run
+from kelib.audit import audit, refuse_bad, run
 from kelib.catalogue import revisions_of
 from kelib.checkpoint_files import broken_parts, find_weights
 from kelib.config import repository_root
@@ -304,18 +304,6 @@ def test_what_was_not_audited_is_refused(there: SimpleNamespace, tmp_path: Path)
     other = type(later)(later.repo, later.name, "0" * 40, step=1)
     with pytest.raises(KelibError, match="step1 of me/later was not audited at commit 0000"):
         refuse_bad("me/later", [other], folder=there.folder)
-
-
-def test_files_that_are_not_on_this_machine_are_named(there: SimpleNamespace) -> None:
-    (one,) = chosen(there, "step1000")
-    with pytest.raises(KelibError) as told:
-        require_fetched(REPO, [one], there.folder)
-    said = str(told.value)
-    assert f"lacks config.json, tokenizer.json, tokenizer_config.json, {INDEX}, {FIRST}" in said
-    assert f"--revision {one.commit}'" in said and "models--me--tiny" in said
-    for name in there.table.loc["step1000", "files"].split():
-        hf_hub_download(REPO, name, revision=one.commit)
-    require_fetched(REPO, [one], there.folder)
 
 
 # --- when the hub says no ------------------------------------------------------------------------

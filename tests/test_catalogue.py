@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from kelib.catalogue import CATALOGUE, catalogue, catalogued, pin, revisions_of
 from kelib.errors import KelibError
-from kelib.revisions import Revision, named, ordered, pick, read_name
+from kelib.revisions import Revision, ordered, pick, read_name
 
 REPO = "me/tiny"
 # as allenai/OLMo-1B-hf names them around its gap
@@ -197,15 +197,6 @@ def test_a_step_with_two_names_and_names_without_steps_are_refused() -> None:
         pick(revisions("step10", "step10-tokens0B"), [10])
     with pytest.raises(KelibError, match=r"no revision of me/tiny names a step .*fp32, main"):
         pick(revisions("main", "fp32"), [10])
-
-
-def test_an_unknown_revision_gives_the_nearest() -> None:
-    found = revisions(*OLMO)
-    assert named(found, "main").commit == commit("main")
-    with pytest.raises(KelibError, match=r"no revision 'step300000'; the nearest .*step33"):
-        named(found, "step300000")
-    with pytest.raises(KelibError, match="no revision 'mian'; the nearest of 4 are main;"):
-        named(found, "mian")
 
 
 # --- the lock --------------------------------------------------------------------------------

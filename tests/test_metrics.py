@@ -170,7 +170,6 @@ def test_mean_interval_at_its_edges() -> None:
         (lambda: metrics.mean_interval([[1.0, 2.0]]), r"shape \(1, 2\)"),
         (lambda: metrics.mean_interval([1.0, 2.0], 95), "confidence is 95"),
         (lambda: metrics.bootstrap_interval([1.0, 2.0], resamples=5), "resamples is 5"),
-        (lambda: metrics.paired_difference([1.0], [1.0, 2.0]), "a has 1 values and b has 2"),
     ],
 )
 def test_bad_samples_are_refused(call: Callable, message: str) -> None:
@@ -197,17 +196,6 @@ def test_bootstrap_takes_another_statistic() -> None:
     found = metrics.bootstrap_interval(values, statistic=np.median)
     assert found.mean == 50
     assert 20 < found.low < 50 < found.high < 80
-
-
-def test_paired_difference_pairs_by_index() -> None:
-    a = pd.Series([1.0, 2.0, 4.0], index=[100, 101, 102])
-    b = pd.Series([3.0, 0.5, 1.0], index=[102, 100, 101])
-    found = metrics.paired_difference(a, b)
-    assert found == metrics.mean_interval([0.5, 1.0, 1.0])
-    by_position = metrics.paired_difference(a.to_numpy(), b.to_numpy())
-    assert by_position == metrics.mean_interval([-2.0, 1.5, 3.0])
-    with pytest.raises(KelibError, match="101 stands on one side only"):
-        metrics.paired_difference(a, b.drop(101))
 
 
 def test_correlations_describe_without_testing() -> None:

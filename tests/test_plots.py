@@ -21,12 +21,6 @@ def lines_of(ax: Axes, label: str) -> list[Any]:
     return [line for line in ax.get_lines() if line.get_label() == label]
 
 
-def bars_of(container: Any) -> np.ndarray:
-    """(low, high) of every error bar."""
-    segments = container.lines[2][0].get_segments()
-    return np.array([segment[:, 1] for segment in segments if len(segment)])
-
-
 # --- summaries ------------------------------------------------------------------------------------
 
 
@@ -122,68 +116,11 @@ def test_layer_changes_are_relative_to_the_peak(ax: Axes) -> None:
 # --- Fig. 4 and 5 ---------------------------------------------------------------------------------
 
 
-def summary_of(rates: list[float], **columns: list[Any]) -> pd.DataFrame:
-    """Every rate with every value of the given columns; means 1, 2, ... with bounds around."""
-    (name, values), rows = next(iter(columns.items())), []
-    for rate in rates:
-        for value in values:
-            mean = float(len(rows) + 1)
-            bounds = {"mean": mean, "low": mean - 0.25, "high": mean + 0.5}
-            rows.append({"learning_rate": rate, name: value, **bounds})
-    return pd.DataFrame(rows)
-
-
-def test_by_stage(ax: Axes) -> None:
-    summary = summary_of([6e-3, 1e-3], stage_step=[100, 30])  # not in the order of the steps
-    ticks = {30: "30%", 100: "100%"}
-    assert plots.by_stage(summary, ax, ticks, "A (%)", 100) is ax
-    first, second = ax.containers
-    assert [c.get_label() for c in ax.containers] == ["CL rate 0.006", "CL rate 0.001"]
-    assert first.lines[0].get_ydata() == pytest.approx([200, 100])
-    assert second.lines[0].get_ydata() == pytest.approx([400, 300])
-    assert bars_of(first) == pytest.approx(np.array([[175, 250], [75, 150]]))
-    assert first.lines[0].get_xdata() == pytest.approx([0, 1], abs=0.1)
-    assert (first.lines[0].get_xdata() < second.lines[0].get_xdata()).all()  # side by side
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["30%", "100%"]
-    assert ax.get_xticks().tolist() == [0, 1] and ax.get_ylabel() == "A (%)"
-
-
-def test_by_stage_without_bounds_or_values_draws_what_there_is(ax: Axes) -> None:
-    summary = summary_of([6e-3], stage_step=[30, 100]).assign(low=np.nan, high=np.nan)
-    summary.loc[1, "mean"] = np.nan
-    plots.by_stage(summary, ax, {30: "a", 100: "b"}, "F")
-    (drawn,) = ax.containers
-    assert drawn.lines[0].get_ydata()[0] == 1 and np.isnan(drawn.lines[0].get_ydata()[1])
-    assert bars_of(drawn)[0].tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("draw", [plots.by_stage, plots.by_arm])
-def test_more_rates_than_colours(ax: Axes, draw: Any) -> None:
-    rates = [10.0**-power for power in range(1, 10)]
-    name = "stage_step" if draw is plots.by_stage else "arm"
-    draw(summary_of(rates, **{name: [30]}), ax, {30: "30%"}, "A")
-    assert len(ax.containers) == len(rates)
-
-
-def test_by_arm(ax: Axes) -> None:
-    summary = summary_of([6e-3, 1e-3], arm=["q = 1", "original"])
-    assert plots.by_arm(summary, ax, ["original", "q = 1", "q = 3"], "P (%)", 100) is ax
-    first, second = ax.containers
-    assert first.lines[0].get_ydata()[:2] == pytest.approx([200, 100])  # the order of the arms
-    assert second.lines[0].get_ydata()[:2] == pytest.approx([400, 300])
-    assert np.isnan(first.lines[0].get_ydata()[2])  # an arm that was not run
-    assert bars_of(second)[:2] == pytest.approx(np.array([[375, 450], [275, 350]]))
-    assert first.lines[0].get_linestyle() == "None"  # arms are no sequence
-    dashed = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
-    assert [line.get_ydata()[0] for line in dashed] == [200, 400]  # the originals
-    assert [line.get_color() for line in dashed] == [c.lines[0].get_color() for c in ax.containers]
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["original", "q = 1", "q = 3"]
-
-
 def test_one_legend_below_for_all_panels() -> None:
     figure, axes = plots.panels(2)
     for ax in axes[0]:
-        plots.by_stage(summary_of([6e-3, 1e-3], stage_step=[30]), ax, {30: "30%"}, "A")
+        for rate in (6e-3, 1e-3):
+            ax.plot([0, 1], [rate, 1], label=f"CL rate {rate:g}")
     plots.legend_below(figure, axes[0, 0])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["CL rate 0.006", "CL rate 0.001"]

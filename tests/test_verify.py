@@ -203,7 +203,7 @@ def test_a_verdict_that_changes_is_printed_and_fails_only_if_asked_to(tmp_path, 
     fresh = plant(measured(tmp_path / "fresh", "study", CLAIMED), "continual", one_seed)
     assert verify("study", fresh, "--claims", "strict") == 1
     printed = capsys.readouterr().out
-    assert "1 of 32 judgements would change" in printed
+    assert "1 of 8 judgements would change" in printed
     assert "claim stage_knowledge_gain at CL rate 0.0003: undecided, +0.286 [+0.060, " in printed
     assert "] -> contradicted, +0.326 [+0.1" in printed
     wanted = "NOT verified: of 141 quantities 140 same, 1 within, 0 OFF, but 1 judgement changed"
