@@ -39,7 +39,7 @@ def add_entropy(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``verify``, named as :func:`kelib.verify.run` takes them."""
+    """Arguments of ``verify``, named as :func:`kelib.verify_command.run` takes them."""
     add = parser.add_argument
     add("profile")
     add("--against", type=Path, metavar="DIR", help="other tables than data/measurements/PROFILE")

@@ -112,7 +112,7 @@ def open_executor(settings: Cluster, system: str = "slurm") -> Any:
     except ImportError as error:
         raise KelibError(
             "executor = 'slurm' needs the package submitit, which is not installed; install the "
-            "extra cluster (pip install 'kelib[cluster]'), or set executor to local"
+            "extra cluster (pip install '.[cluster]'), or set executor to local"
         ) from error
     missing = [command for command in COMMANDS if shutil.which(command) is None]
     if system == "slurm" and missing:

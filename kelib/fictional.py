@@ -163,7 +163,7 @@ def _read_with_datasets(name: str, **options: str | None) -> Any:
         import datasets
     except ImportError as error:
         raise KelibError(
-            f"{name} needs the package datasets: pip install 'kelib[hub]', or give a JSON file"
+            f"{name} needs the package datasets: pip install '.[hub]', or give a JSON file"
         ) from error
     try:
         return datasets.load_dataset(name, split="train", **options).to_list()

@@ -95,7 +95,7 @@ def documents(
         import datasets
     except ImportError as error:
         raise KelibError(
-            f"{repo} needs the package datasets: pip install 'kelib[hub]', or give a text file"
+            f"{repo} needs the package datasets: pip install '.[hub]', or give a text file"
         ) from error
     where = f"{repo}, config {config}, split {split}"
     try:

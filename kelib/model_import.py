@@ -61,7 +61,7 @@ def convert_gguf(file: Path, parameters: int, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise KelibError(
             f"{file.name} is read by the package gguf, which is not installed; install the extra "
-            "gguf (pip install 'kelib[gguf]')"
+            "gguf (pip install '.[gguf]')"
         )
     place, name = str(file.parent), {"gguf_file": file.name}
     hide_bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

@@ -54,6 +54,28 @@ def read_variation(profile: str) -> dict[tuple[str, str, str], Measured]:
     }
 
 
+def claims_elsewhere(profile: str) -> str:
+    """In words, how many judgements another kind of machine changes, and which of the claims;
+    empty where the same seeds ran on one kind only.
+    """
+    path = path_of(profile)
+    runs = read_provenance(path)["parameters"]["runs"] if path.exists() else {}
+    said = []
+    for found in (run["judgements"] for run in runs.values() if "judgements" in run):
+        claims = [one for one in found["changed"] if one["what"].startswith("claim ")]
+        said.append(
+            f"On another kind of processor the same seeds change {len(found['changed'])} of "
+            f"{found['compared']} judgements on claims and contrasts, "
+            + (f"{len(claims)} of them on claims:" if claims else "none of them on a claim.")
+        )
+        said += [
+            f"{one['statement']} ({one['unit']}): {one['reference']} here, {one['fresh']} there, "
+            f"{one['both'] or 'not known'} by the mean of both."
+            for one in claims
+        ]
+    return " ".join(said)
+
+
 def write_variation(
     profile: str,
     quantities: Iterable[Quantity],

@@ -17,9 +17,9 @@ from kelib.changed_claims import declared, judgements, together
 from kelib.comparison import ROWS, compare_table, seed_deviations
 from kelib.errors import KelibError
 from kelib.table_layouts import LAYOUTS, keys_of
-from kelib.tables import read_provenance, read_table, write_table
+from kelib.tables import provenance, read_provenance, read_table, write_table
 from kelib.tolerances import LIKE, MACHINES, OFF, SAME, WITHIN
-from kelib.variation import read_variation, write_variation
+from kelib.variation import claims_elsewhere, read_variation, write_variation
 from kelib.verify import NO_PROFILES, compare, judge_claims
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
@@ -285,3 +285,22 @@ def test_models_that_are_not_trained_may_differ_by_rounding(tmp_path, capsys):
     assert "no claim is about this profile" in printed and "knowledge absolute entropy_" in printed
     plant(fresh, "questions", times("accuracy", 0.9))
     assert [q.quantity for q in compare("smollm2", fresh).off] == ["accuracy"]
+
+
+def test_claims_that_another_machine_decides_otherwise_in_words(tmp_path, monkeypatch):
+    path = tmp_path / "p.csv"
+    monkeypatch.setattr("kelib.variation.path_of", lambda profile: path)
+    assert claims_elsewhere("p") == ""
+    row = {"statement": "One at CL rate 0.1", "unit": "nats", "reference": "a, +1", "fresh": "b"}
+    changed = [row | {"what": "claim one", "both": "c"}, row | {"what": "contrast two", "both": ""}]
+
+    def said(changed: list[dict[str, str]]) -> str:
+        runs = {"r": {"judgements": {"compared": 9, "changed": changed}}, "untold": {}}
+        write_table(pd.DataFrame({"pair": ["x"]}), path, provenance({"runs": runs}, [], {}))
+        return claims_elsewhere("p")
+
+    text = said(changed)
+    assert "change 2 of 9 judgements on claims and contrasts, 1 of them on claims:" in text
+    assert "One at CL rate 0.1 (nats): a, +1 here, b there, c by the mean of both." in text
+    assert text.count("One at") == 1
+    assert said(changed[1:]).endswith("none of them on a claim.")
