@@ -47,6 +47,9 @@ endif
 ifneq ($(call has,trajectory),)
 FIGURES := ours_trajectory $(if $(call has,learning),ours_published_stages)
 endif
+# where a figure stands among those of the profile, said when it is drawn
+place = figure $(shell printf '%s\n' $(FIGURES) | grep -nx '$(1)' | cut -d: -f1) of $(words $(FIGURES))
+
 .PHONY: unfinished help figures study test test-stages test-figures torture check format data plan memories audit status notebooks bench reference verify \
 	report check-report clean search doctor docs lab
 help: ## list the targets
@@ -100,7 +103,7 @@ $(AFTER_9:%=$(OUT)/%.json): $(OUT)/9_regimes.ipynb
 $(OUT)/ours_contrasts.json: $(MEASURED)/interventions.csv notebooks/params/contrasts.yaml $(LATE)
 $(foreach figure,$(FIGURES),$(if $(call cut,$(figure)),$(eval $(OUT)/$(figure).json: unfinished)))
 $(OUT)/%.json: notebooks/%.ipynb $(DRAW) | $(READY)
-	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements
+	@$(RUN) $< $(OUT)/$*.ipynb -p profile=$(PROFILE) -p source=measurements --note '$(call place,$*)'
 
 $(PARAMS): | $(READY)
 	@$(PY) -m kelib profile $(PROFILE)

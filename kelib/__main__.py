@@ -23,7 +23,8 @@ def _notebook(arguments: argparse.Namespace) -> None:
         end_with_parent()
     parameters = _parameters(arguments.parameter)
     run_notebook(Path(arguments.notebook), Path(arguments.output), parameters)
-    print(f"{Path(arguments.notebook).name} -> {arguments.output}")
+    note = f" ({arguments.note})" if arguments.note else ""
+    print(f"{Path(arguments.notebook).name} -> {arguments.output}{note}")
 
 
 def _parameters(pairs: list[str]) -> dict[str, Any]:
@@ -210,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("notebook")
     one.add_argument("output")
     one.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
+    one.add_argument("--note", default="", help="said when it is done")
     one.set_defaults(do=_notebook)
     for name, do, text in (
         ("profile", _profile, "check a profile and print its digest"),

@@ -67,7 +67,7 @@ class Report:
         return {**self.notes, "unit": "nats", **found}
 
     def table(self) -> str:
-        """The table by layer that the command prints."""
+        """The table by layer, counted from 1 as in figures, that the command prints."""
         numbers, notes = self.numbers(), self.notes
         knowledge, counts = numbers["knowledge_entropy"], notes["counts"]
         settings = notes["settings"]
@@ -86,7 +86,7 @@ class Report:
         for row in knowledge["layers"]:
             share = math.nan if row["share_of_bound"] is None else row["share_of_bound"]
             lines.append(
-                f"{row['layer']:5d}  {row['memories']:10d}  {row['entropy']:14.4f}"
+                f"{row['layer'] + 1:5d}  {row['memories']:10d}  {row['entropy']:14.4f}"
                 + (f"  {row['entropy_error']:10.4f}" if error else "")
                 + f"  {share:13.4f}  {row['effective_memories']:8.4f}"
             )

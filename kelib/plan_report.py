@@ -21,6 +21,7 @@ from kelib.config import repository_root
 from kelib.errors import KelibError
 from kelib.figure_stages import figures_of
 from kelib.grid import STAGES, free_bytes, refuse_small_disk
+from kelib.own_model import GENERATED
 from kelib.plan_check import check_table, refuse_bad_estimate
 from kelib.published import PublishedStudy, open_published, published_profiles
 from kelib.scale import DEVICES, fsdp2_memory, training_memory
@@ -133,18 +134,28 @@ def plan(
     if isinstance(study, Study):
         _print_memory(study)
     if calibration is not None:
-        hours = left["seconds"].sum() / 3600
+        seconds = left["seconds"].sum()
         print(
-            f"Time here: {hours:.2f} hours of one process, {hours / chosen.workers:.2f} on "
-            f"{chosen.workers}, without reading text for the first time."
+            f"Time here: {_duration(seconds)} of one process, "
+            f"{_duration(seconds / chosen.workers)} on {chosen.workers}, without reading text for "
+            "the first time and without executing the notebooks of stages and figures, some "
+            "seconds each."
         )
     if isinstance(study, Study):
         table = planner.figures_table(runs, figures or figures_of(study.profile))
         print_table("Figures, with all the runs they rest on", table, FIGURES, counts_only)
+        corpus = study.profile.corpus
+        if all(text.startswith(GENERATED) for text in (*corpus.general, *corpus.domain)):
+            refuse_small_disk(name, needed, study.data)
+            return  # for trying out: its grid says nothing about the paper's
         title = f"The same grid with the paper's models and tokens, MFU {mfu:g}, no pretraining"
         print_table(title, planner.paper_table(runs, mfu), PAPER)
         print(f"\n{fsdp2_line()}")
     refuse_small_disk(name, needed, study.data)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"
 
 
 def check(name: str, *, data: Path | None = None, anew: bool = False) -> None:

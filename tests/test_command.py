@@ -109,7 +109,7 @@ def test_table_json_and_saved_sums_are_those_of_measure_entropy(
     assert float(total[2]) == pytest.approx(wanted.knowledge_entropy.sum(), abs=6e-5)
     assert float(total[-2]) == pytest.approx(wanted.bound, abs=6e-5)
     for layer in range(2):
-        row = next(line for line in lines if line[:1] == [str(layer)])
+        row = next(line for line in lines if line[:1] == [str(layer + 1)])
         entropy = wanted.knowledge_entropy[layer]
         error = wanted.knowledge_entropy_error[layer]
         expected = [entropy, error, entropy / np.log(48), np.exp(entropy) / 48]

@@ -192,6 +192,7 @@ def test_a_plan_is_printed_without_torch_and_without_doing_anything(tmp_path):
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(status)"
     )
     command = [sys.executable, "-c", code, "plan", "small", "fig04_stages", "--counts-only"]
+    command += ["--mfu", "0.5"]
     done = subprocess.run(
         [*command, "--data", str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -199,7 +200,7 @@ def test_a_plan_is_printed_without_torch_and_without_doing_anything(tmp_path):
     text = done.stdout
     assert "runs, 0 open" not in text and "To fetch: news 5.0 MB, wikipedia 6.5 MB" in text
     assert "fig04_stages" in text and "fig05" not in text and "OLMo-7B" in text
-    assert "hours of one process" not in text
+    assert "MFU 0.5" in text and "of one process" not in text
     assert not any(tmp_path.iterdir())
 
 
@@ -209,11 +210,16 @@ def test_a_plan_with_hours_tells_time_here_and_by_figure(even, monkeypatch, caps
     text = capsys.readouterr().out
     runs = study_table(Study(load_profile("smoke"), tmp_path), even)
     hours = runs["seconds"].sum() / 3600
-    assert f"Time here: {hours:.2f} hours of one process, {hours / 2:.2f} on 2" in text
-    assert "MFU 0.5" in text and "To fetch: nothing." in text
+    assert f"Time here: {hours:.1f} hours of one process, {hours / 2:.1f} hours on 2" in text
+    assert "To fetch: nothing." in text and "OLMo" not in text  # of a tiny world nothing follows
     lines = [line.split() for line in text.splitlines() if "fig02_knowledge_entropy" in line]
     first = runs[runs["stage"] <= 2]["seconds"].sum() / 3600
     assert lines[0][-2:] == [f"{first:.2f}", f"{first:.2f}"]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(90, "1.5 minutes"), (5400, "1.5 hours")])
+def test_a_duration_is_in_minutes_below_an_hour_and_a_half(seconds, said):
+    assert plan_report._duration(seconds) == said
 
 
 def test_a_plan_for_a_full_disk_says_so_and_exits_with_1(monkeypatch, capsys, tmp_path):
