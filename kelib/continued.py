@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kelib.continued_intervals import item_intervals
-from kelib.continued_profile import GENERATED, NOT_OF_A_RUN, Learning, protocol_values
+from kelib.continued_profile import GENERATED_ENTRIES, NOT_OF_A_RUN, Learning, protocol_values
 from kelib.errors import KelibError
 from kelib.fictional import HUB_ID, HUB_PLACE
 from kelib.hub_sources import pinned, text_runs
@@ -26,7 +26,7 @@ from kelib.own_model import with_places
 from kelib.revisions import Revision
 from kelib.run import Run
 from kelib.study_tables import learning_table
-from kelib.tables import provenance, read_table, write_atomically, write_table
+from kelib.tables import provenance_of_runs, read_table, write_atomically, write_table
 from kelib.task_files import PUBLIC_TASKS
 
 if TYPE_CHECKING:
@@ -101,10 +101,10 @@ def refuse_missing(learning: Learning) -> None:
     """Raise KelibError if entries are named that can be nowhere, before anything is computed."""
     named = learning.entries
     on_hub = HUB_PLACE.fullmatch(named) is not None
-    if named != GENERATED and learning.entries_path is None and not on_hub:
+    if named != GENERATED_ENTRIES and learning.entries_path is None and not on_hub:
         raise KelibError(
             f"learning.entries: there is no file or folder {named}; bring the data there, or give "
-            f"'{GENERATED}' or the id of a data set on the hub, such as {HUB_ID}"
+            f"'{GENERATED_ENTRIES}' or the id of a data set on the hub, such as {HUB_ID}"
         )
 
 
@@ -172,9 +172,7 @@ def write_tables(study: Trajectory, totals: pd.DataFrame) -> dict[str, pd.DataFr
     parts = {"known": known, "continual": continual_table(study, known)}
     runs = [run for one in study.learning_revisions for run in learning_runs(study, one)]
     inputs = {f"{run.kind} {run.digest}": run.digest for run in runs}
-    note = provenance(study.profile.parameters, [SEED], inputs)
-    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
-    note["runs"] = len(runs)
+    note = provenance_of_runs(study.profile.parameters, [SEED], inputs, runs)
     tables = {}
     for name, part in parts.items():
         path = study.measurements / f"{name}.csv"

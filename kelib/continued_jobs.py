@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from kelib.continued_profile import GENERATED, protocol
+from kelib.continued_profile import GENERATED_ENTRIES, protocol
 from kelib.errors import KelibError
 from kelib.fetching import checkpoint
 from kelib.known import knowledge_of, write_knowledge
@@ -63,7 +63,7 @@ def _train(
     place: Path, out: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path], progress: Any
 ) -> None:
     launch = _launch_of(inputs)
-    generated = settings["entries"] == GENERATED
+    generated = settings["entries"] == GENERATED_ENTRIES
     request = {
         "protocol": dict(settings["protocol"]),
         "model": str(place),

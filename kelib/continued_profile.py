@@ -18,7 +18,7 @@ from kelib.sections import Continual, Optimizer, Training
 from kelib.task_files import task_names
 from kelib.world import WorldSize
 
-GENERATED = "generated"  # entries of a generated world; tasks of one are generated:NAME
+GENERATED_ENTRIES = "generated"  # entries of a generated world; tasks of one are generated:NAME
 WORLD = WorldSize(20, 12, 12, once_entries=4, paraphrase_entries=4, questions_per_task=10)
 PARALLEL = ("ddp", "fsdp2")  # of kelib.sharding, which imports torch
 # how the work is shared out, and how often it is saved: no number rests on these
@@ -61,7 +61,7 @@ class Learning:
     learning_rates: tuple[float, ...]
     optimizer: Optimizer
     tasks: tuple[str, ...]
-    entries: str = GENERATED
+    entries: str = GENERATED_ENTRIES
     seeds: tuple[int, ...] = (0,)
     control: bool = True
     sequences: int | None = None
@@ -102,7 +102,7 @@ class Learning:
         if folder is not None and not folder.is_dir():
             raise KelibError(f"learning.task_data: there is no folder {self.task_data}")
         for name in self.tasks:
-            if not name.startswith(f"{GENERATED}:"):
+            if not name.startswith(f"{GENERATED_ENTRIES}:"):
                 there = task_names(folder)
                 known = f"among {listing(there)}, or generated:NAME"
                 _require(name in there, "tasks", name, known)
@@ -116,7 +116,7 @@ class Learning:
     def entries_path(self) -> Path | None:
         """The file or folder of ``entries``, None where they are generated or on the hub."""
         path = repository_root() / _home(self.entries)
-        return path if self.entries != GENERATED and path.exists() else None
+        return path if self.entries != GENERATED_ENTRIES and path.exists() else None
 
     @property
     def read(self) -> int:

@@ -38,15 +38,13 @@ def question_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
     return two.astype(int) - one.astype(int)
 
 
-def gain_interval(before: pd.DataFrame, after: pd.DataFrame, confidence: float = 0.95) -> Interval:
-    """``K_after - K_before`` with a paired percentile bootstrap over entries, in nats."""
-    return bootstrap_interval(entry_gains(before, after), confidence)
+def gain_interval(before: pd.DataFrame, after: pd.DataFrame) -> Interval:
+    """``K_after - K_before`` with a paired 95 % percentile bootstrap over entries, in nats."""
+    return bootstrap_interval(entry_gains(before, after))
 
 
-def accuracy_interval(
-    before: pd.DataFrame, after: pd.DataFrame, confidence: float = 0.95
-) -> Interval:
-    """``P_after - P_before`` with a paired percentile bootstrap over questions, a fraction.
+def accuracy_interval(before: pd.DataFrame, after: pd.DataFrame) -> Interval:
+    """``P_after - P_before`` with a paired 95 % percentile bootstrap over questions, a fraction.
 
     P is the mean over tasks, so the tasks must have equally many questions, as those of the
     generated world do. Raises KelibError otherwise.
@@ -58,7 +56,7 @@ def accuracy_interval(
             f"the tasks have between {sizes.min()} and {sizes.max()} questions, equally many are "
             "needed: bootstrap each task on its own with kelib.metrics.bootstrap_interval"
         )
-    return bootstrap_interval(changes, confidence)
+    return bootstrap_interval(changes)
 
 
 def _require_same(one: pd.Index, two: pd.Index, what: str) -> None:

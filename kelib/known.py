@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kelib.continued_profile import GENERATED, WORLD
+from kelib.continued_profile import GENERATED_ENTRIES, WORLD
 from kelib.errors import KelibError
 from kelib.evaluation import Evaluation, heldout_loss, score_probes, score_questions
 from kelib.fetching import checkpoint
@@ -77,7 +77,7 @@ def knowledge_of(
 
 
 def _entries(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Any:
-    if settings["entries"] == GENERATED:
+    if settings["entries"] == GENERATED_ENTRIES:
         world = build_world(WORLD, settings["seed"])
         return Asked(world.once, world.paraphrase)
     source = inputs.get("entries", settings["entries"])
@@ -88,7 +88,7 @@ def _questions(
     model: Any, tokenizer: Any, settings: Mapping[str, Any], inputs: Mapping[str, Path]
 ) -> pd.DataFrame:
     """Columns :data:`QUESTIONS`, a row each: of generated questions, then of public tasks."""
-    generated = [name for name in settings["tasks"] if name.startswith(f"{GENERATED}:")]
+    generated = [name for name in settings["tasks"] if name.startswith(f"{GENERATED_ENTRIES}:")]
     public = [name for name in settings["tasks"] if name not in generated]
     parts = []
     for name in generated:

@@ -172,8 +172,9 @@ def check(name: str, *, data: Path | None = None, anew: bool = False) -> None:
     refuse_bad_estimate(table)
 
 
-def fsdp2_line(model: str = "OLMo-7B", devices: int = 8, device: str = "H100") -> str:
+def fsdp2_line() -> str:
     """The planned peak of a model of the paper under FSDP2, and what is not part of it."""
+    model, devices, device = "OLMo-7B", 8, "H100"
     tokens, held = planner.DEVICE_TOKENS, DEVICES[device].memory
     memory = fsdp2_memory(PAPER_SHAPES[model], tokens, devices)
     parts = {

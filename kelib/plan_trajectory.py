@@ -29,6 +29,7 @@ from kelib.plan_report import COUNT, HUNDREDTHS, TENTHS, Column, print_table
 from kelib.scale import (
     DEVICES,
     PUBLISHED,
+    USABLE,
     Shape,
     device_hours,
     forward_flops,
@@ -53,7 +54,6 @@ TASK_TOKENS = {
 PROBE_TOKENS = 130 * 15 * 60  # Fictional Knowledge: entries, probes of each, tokens of a probe
 TABLES = 2**18  # bytes of the tables that a run leaves, about
 TOKEN, WEIGHT, STATE = 4, 4, 12  # bytes of a packed token at most, a weight, a state's parameter
-USABLE = 0.8  # of the memory of a device, as kelib.planner takes it
 # kinds of runs that a figure rests on; None: all
 FIGURES: dict[str, tuple[str, ...] | None] = {
     "ours_trajectory": ("trajectory",),

@@ -26,7 +26,7 @@ from kelib.miniature import class_of
 from kelib.own_model import GENERATED, is_own, on_hub, own_folder, parameters_in
 from kelib.published import PublishedModel, PublishedProfile, PublishedStudy
 from kelib.run import Run
-from kelib.scale import DEVICES, PAPER, Shape, device_hours, paper_flops, training_memory
+from kelib.scale import DEVICES, PAPER, USABLE, Shape, device_hours, paper_flops, training_memory
 from kelib.study import Study
 from kelib.workload import Work, shape_of_run, work_of
 
@@ -216,7 +216,7 @@ def paper_table(runs: pd.DataFrame, mfu: float) -> pd.DataFrame:
         total = sum(counts[part] * flops[part] for part in counts)
         for device, known in DEVICES.items():
             devices = 1
-            while training_memory(shape, DEVICE_TOKENS, devices).total > 0.8 * known.memory:
+            while training_memory(shape, DEVICE_TOKENS, devices).total > USABLE * known.memory:
                 devices *= 2
             memory = training_memory(shape, DEVICE_TOKENS, devices).total
             one, grid = (device_hours(f, device, mfu) for f in (flops["learning"], total))

@@ -31,7 +31,7 @@ from kelib.results import Tables, open_tables
 from kelib.run import Run
 from kelib.runs import execute
 from kelib.schema import digest, require, require_name
-from kelib.tables import library_digest, provenance, read_table, write_table
+from kelib.tables import library_digest, provenance_of_runs, read_table, write_table
 
 DEFINITIONS = ("absolute", "relu", "contribution")  # of kelib.accumulation, which imports torch
 TABLES = ("entropy", "totals", "convergence", "texts")
@@ -234,9 +234,7 @@ def _write(
     model, of = study.model_run(), dict(zip(values, runs, strict=True))
     made = [model, *runs]
     inputs = {"model": model.digest} | {value: run.digest for value, run in of.items()}
-    note = provenance(study.profile.parameters, [study.profile.seed], inputs)
-    note["run_seconds"] = round(sum(run.note()["seconds"] for run in made), 1)
-    note["runs"] = len(made)
+    note = provenance_of_runs(study.profile.parameters, [study.profile.seed], inputs, made)
     parts = []
     for value, run in of.items():
         part = run.read_table(f"{name}.csv")
@@ -284,7 +282,4 @@ def _short(name: str) -> str:
 
 def open_published_tables(name: str, source: str = "reference") -> PublishedTables:
     """As :func:`kelib.results.open_tables`, for a published profile."""
-    found = open_tables(name, source)
-    return PublishedTables(
-        **{field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    )
+    return PublishedTables.of(open_tables(name, source))

@@ -95,10 +95,10 @@ def outcome_rows(tables: Tables) -> pd.DataFrame | None:
         runs = runs[runs["arm"] == "as saved"].assign(series=runs["regime"])
     injected = runs["injected"].astype(bool)
     match = [*KEYS, "seed", "cl_seed"]
-    without = runs[~injected].set_index(match)["k_cl"].rename("k_without")
+    without = runs[~injected].set_index(match)["k_cl"].rename("k_cl_none")
     rows = runs[injected].join(without, on=match)
     rows = rows.assign(
-        k_gain=rows["k_cl"] - rows["k_pt"], k_injected=rows["k_cl"] - rows["k_without"]
+        k_gain=rows["k_cl"] - rows["k_pt"], k_injected=rows["k_cl"] - rows["k_cl_none"]
     )
     found = [name for name in OUTCOMES if name in rows]
     means = rows.groupby([*KEYS, "seed"], as_index=False, sort=False)[["entropy_pt", *found]].mean()

@@ -9,9 +9,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
@@ -58,6 +58,11 @@ class Tables:
     def figures(self) -> Path:
         """Where the figures of these tables are, once they are drawn and promoted."""
         return repository_root() / "figures" / "reference" / self.name
+
+    @classmethod
+    def of(cls, found: Tables) -> Self:
+        """The same tables as another class of them."""
+        return cls(**{field.name: getattr(found, field.name) for field in fields(found)})
 
     @functools.cached_property
     def profile(self) -> Profile:

@@ -145,6 +145,7 @@ DEVICES = {
     "H200": Device(989e12, 141e9),
     "L40S": Device(362e12, 48e9),
 }
+USABLE = 0.8  # of the memory of a device
 
 
 def device_hours(flops: float, device: str, mfu: float) -> float:

@@ -48,7 +48,7 @@ from kelib.study_tables import (
 )
 from kelib.tables import (
     library_digest,
-    provenance,
+    provenance_of_runs,
     read_provenance,
     read_table,
     seal_vectors,
@@ -83,10 +83,7 @@ def _write(
 ) -> pd.DataFrame:
     path = study.measurements / f"{name}.csv"
     read = {n: read_provenance(study.measurements / f"{n}.csv")["sha256"] for n in inputs}
-    note = provenance(study.profile.parameters, list(study.profile.seeds), read)
-    # what the runs behind the table took, summed over processes: not part of any digest
-    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
-    note["runs"] = len(runs)
+    note = provenance_of_runs(study.profile.parameters, list(study.profile.seeds), read, runs)
     if files := seal_vectors(vectors):
         note["files"] = files
     write_table(table, path, note)

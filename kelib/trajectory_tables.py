@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import pandas as pd
 
 from kelib.results import Tables, open_tables
 from kelib.run import Run
-from kelib.tables import provenance, read_table, seal_vectors, write_table
+from kelib.tables import provenance_of_runs, read_table, seal_vectors, write_table
 from kelib.trajectory_profile import TrajectoryProfile, trajectory_from
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ def write_tables(
     parts = {name: _below_each_other(rows, runs, name) for name in TABLES[:-1]}
     parts["revisions"] = pd.DataFrame(rows)
     inputs = {run.settings["revision"]: run.digest for run in runs}
-    note = provenance(study.profile.parameters, [study.profile.seed], inputs)
-    note["run_seconds"] = round(sum(run.note()["seconds"] for run in runs), 1)
-    note["runs"] = len(runs)
+    note = provenance_of_runs(study.profile.parameters, [study.profile.seed], inputs, runs)
     vectors = []
     for run in runs:
         run.check(["coefficients.safetensors"])
@@ -91,7 +88,4 @@ class TrajectoryTables(Tables):
 
 def open_trajectory_tables(name: str, source: str = "reference") -> TrajectoryTables:
     """As :func:`kelib.results.open_tables`, for a trajectory profile."""
-    found = open_tables(name, source)
-    return TrajectoryTables(
-        **{field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    )
+    return TrajectoryTables.of(open_tables(name, source))

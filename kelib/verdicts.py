@@ -21,6 +21,7 @@ from kelib.errors import KelibError, listing
 
 LEAST_SEEDS = 5
 ROUNDING = 1e-12  # 0.30 - 0.25 is a hair below 0.05 in floating point, and must not fail "at least"
+ALPHA = 0.05
 NOT_TESTABLE, NOT_RUN, EXPLORATORY = "not testable here", "not run", "exploratory"
 
 
@@ -79,16 +80,15 @@ def _beside_paper(mean: float, claim: Claim) -> str:
 def verdict(
     differences: ArrayLike,
     claim: Claim,
-    alpha: float = 0.05,
     p_holm: float | None = None,
     untestable: str = "",
 ) -> Verdict:
     """Judge one claim from one difference per pretraining seed (CL seeds already averaged).
 
     In this order: *not testable here* (``untestable`` says why), *exploratory* (not primary),
-    *indicative* (fewer than 5 seeds), *reproduced* or *contradicted* (adjusted p < alpha and
-    |mean| at least the smallest effect, with or against the paper's sign), *absent* (the 1 - 2
-    alpha interval lies inside plus and minus that effect), else *undecided*. The p-values stand
+    *indicative* (fewer than 5 seeds), *reproduced* or *contradicted* (adjusted p < 0.05 and
+    |mean| at least the smallest effect, with or against the paper's sign), *absent* (the 90 %
+    interval lies inside plus and minus that effect), else *undecided*. The p-values stand
     only where a test was made. Without ``p_holm`` the claim is a family of one.
     """
     values = np.asarray(differences, dtype=float)
@@ -108,24 +108,24 @@ def verdict(
         reason = f"{n} of at least {LEAST_SEEDS} seeds"
     else:
         p = p_value(values)
-        label, reason = _decide(values, claim, alpha, p if p_holm is None else p_holm)
+        label, reason = _decide(values, claim, p if p_holm is None else p_holm)
     adjusted = p if p_holm is None or np.isnan(p) else p_holm
     return Verdict(
         n, mean, wide.low, wide.high, narrow.low, narrow.high, p, adjusted, label, reason
     )
 
 
-def _decide(values: np.ndarray, claim: Claim, alpha: float, p: float) -> tuple[str, str]:
+def _decide(values: np.ndarray, claim: Claim, p: float) -> tuple[str, str]:
     effect = float(claim.smallest_effect or 0)
-    interval = metrics.mean_interval(values, 1 - 2 * alpha)
-    significant, large = p < alpha, abs(interval.mean) >= effect - ROUNDING
-    holm_text = f"adjusted p {'<' if significant else '>='} {alpha:g}"
+    interval = metrics.mean_interval(values, 1 - 2 * ALPHA)
+    significant, large = p < ALPHA, abs(interval.mean) >= effect - ROUNDING
+    holm_text = f"adjusted p {'<' if significant else '>='} {ALPHA:g}"
     size_text = f"|mean| {'at least' if large else 'below'} {effect:g} {claim.unit}"
     if significant and large:
         same = np.sign(interval.mean) == claim.direction
         label, side = ("reproduced", "the") if same else ("contradicted", "against the")
         return label, f"{holm_text}, {size_text}, {side} paper's direction"
-    level = f"{100 * (1 - 2 * alpha):g} % interval"
+    level = f"{100 * (1 - 2 * ALPHA):g} % interval"
     if -effect + ROUNDING < interval.low and interval.high < effect - ROUNDING:
         return "absent", f"the {level} lies inside +/- {effect:g} {claim.unit}"
     return "undecided", f"{holm_text}, {size_text}, the {level} reaches beyond +/- {effect:g}"
@@ -164,7 +164,6 @@ def verdicts(
     claims: Sequence[Claim],
     *,
     tokens_per_parameter: float,
-    alpha: float = 0.05,
 ) -> pd.DataFrame:
     """The claims table: one row per claim and CL rate, Holm over the primary claims of a rate.
 
@@ -200,7 +199,7 @@ def verdicts(
         for c in claims:
             if c.id in rows:
                 values = rows[c.id]["difference"].to_numpy(float)
-                judged[c.id] = verdict(values, c, alpha, adjusted.get(c.id), blocked[c.id])
+                judged[c.id] = verdict(values, c, adjusted.get(c.id), blocked[c.id])
             else:
                 judged[c.id] = Verdict(0, *(float("nan"),) * 7, NOT_RUN, "no runs at this CL rate")
         table += [
