@@ -22,22 +22,32 @@ START, END = "<!-- generated: {name} -->", "<!-- end of {name} -->"
 
 
 def claims_markdown(claims: pd.DataFrame) -> str:
-    """The primary claims as a Markdown table, one row per claim and learning rate."""
+    """The primary claims as a Markdown table, one row per claim and learning rate; what the rows
+    of a claim share stands in its first.
+    """
     lines = [
         "| claim | CL rate | n | effect | 95 % interval | verdict | the paper |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     row: Any  # columns have no types of their own
     shown = claims[claims["primary"] & (claims["verdict"] != "not run")]
-    for row in shown.itertuples():
+    before = ""
+    for row in shown.sort_values("statement", key=_as_they_come, kind="stable").itertuples():
+        first = row.statement != before
+        claim, paper = (row.statement, row.paper_value) if first else ("", "")
+        before = row.statement
         interval = "none" if pd.isna(row.low95) else f"{row.low95:+.3f} … {row.high95:+.3f}"
         why = f" ({row.reason})" if row.verdict == "not testable here" else ""
         effect = "" if pd.isna(row.mean) else f"{row.mean:+.3f} {row.unit}"
         lines.append(
-            f"| {row.statement} | {row.learning_rate:g} | {row.n} | {effect} | {interval} "
-            f"| {row.verdict}{why} | {row.paper_value} |"
+            f"| {claim} | {row.learning_rate:g} | {row.n} | {effect} | {interval} "
+            f"| {row.verdict}{why} | {paper} |"
         )
     return "\n".join(lines)
+
+
+def _as_they_come(names: pd.Series) -> pd.Series:
+    return names.map({name: place for place, name in enumerate(names.unique())})
 
 
 def contrasts_markdown(contrasts: pd.DataFrame) -> str:
