@@ -135,6 +135,17 @@ def short_study(tmp_path_factory):
     return measured_study(tmp_path_factory.mktemp("short-study"), changes)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """As a worker of one thread: sums differ in the last bit between numbers of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def canvas():
     """No window, and no setting or figure that outlives a test."""

@@ -28,6 +28,8 @@ from kelib.progress import Progress
 from kelib.runs import execute, perform
 from kelib.study import Study
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).parent / "goldens" / "slurm_array.sh"
 SETTINGS = Cluster(
     minutes=5,
@@ -88,16 +90,6 @@ for file in "$HOME_OF_SLURM"/state-*; do echo "4242_${file##*-}|$(cat "$file")|h
 """,
     "scancel": "exit 1",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

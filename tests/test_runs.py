@@ -28,6 +28,8 @@ from kelib.errors import KelibError
 from kelib.runs import Run, count_states, execute, perform, with_inputs
 from kelib.study import Study
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = [*range(3, 60, 3)]  # many checkpoints: many moments at which a kill may hurt
 TINY = {
@@ -57,17 +59,6 @@ else:
     for run in runs:
         perform(run)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As a worker of one thread, since sums differ in the last bit between numbers of threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ from kelib.sharding import (
     wishes_of_launcher,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # no dimension is a multiple of four processes: shares of a parameter differ, some are empty
 SHAPE, VOCABULARY, LENGTH = (18, 33, 2, 3), 65, 16
 BATCH, STEPS, STOP = 8, 50, 30
@@ -91,14 +93,6 @@ def read_rows(trainer: Any) -> list[np.ndarray]:
 def drift(losses: list[float], reference: list[float]) -> float:
     assert len(losses) == len(reference)
     return float(np.abs(np.subtract(losses, reference)).max())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
