@@ -55,15 +55,15 @@ def world(settings):
 @pytest.fixture(scope="session")
 def build(tmp_path_factory, settings):
     """``build(seed=3, settings=..., wanted=...)`` writes a small corpus and returns its folder."""
-    from kelib import corpus
+    from short import less_text
+
+    from kelib.corpus import build_corpus
 
     def make(seed=SEED, settings=settings, wanted=None):
         folder = tmp_path_factory.mktemp("corpus")
         wanted = wanted or {"general": 60, "facts": 40, "domain": 50}
-        with pytest.MonkeyPatch.context() as patch:  # less text: a build takes well under a second
-            patch.setattr(corpus, "GENERATED_DOCUMENTS", 400)
-            patch.setattr(corpus, "TOKENIZER_CHARACTERS", 40_000)
-            corpus.build_corpus(settings, seed, wanted, folder, folder)
+        with less_text(400, 40_000):
+            build_corpus(settings, seed, wanted, folder, folder)
         return folder
 
     return make
