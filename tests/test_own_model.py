@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from hub_server import Hub
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -211,11 +210,7 @@ def test_a_model_of_the_hub_is_pinned_and_fetched(
 ) -> None:
     files = {p.name: p.read_bytes() for p in (home / "models" / "llama").iterdir() if p.is_file()}
     with Hub() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.asked_for_models(monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(catalogue, "LOCK", tmp_path / "lock.yaml")
         commit = hub.put("me/mine", "main", files)
         hub.put("me/mine", "step10", files | {"README.md": b"another commit"})
