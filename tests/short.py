@@ -13,7 +13,7 @@ import pytest
 
 from kelib import corpus
 from kelib.config import load_profile
-from kelib.runs import perform, with_inputs
+from kelib.runs import Run, perform, with_inputs
 from kelib.study import Study
 
 SHORT = {
@@ -92,3 +92,13 @@ def with_corpus_alone(study: Study, data: Path) -> Study:
     """The same study in a data folder of its own, where only the corpus is done."""
     shutil.copytree(study.data / "corpus", data / "corpus")
     return Study(study.profile, data)
+
+
+def inputs_of(run: Run) -> dict[str, Path]:
+    """The folders and files that a job is called with."""
+    return {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
+
+
+def rows_of(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
+    """The rows with these values in these columns."""
+    return table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]

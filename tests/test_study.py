@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
-from short import less_text
+from short import inputs_of, less_text
 
 from kelib import jobs
 from kelib.config import load_profile
@@ -580,10 +580,6 @@ def test_profiles_share_no_folder_and_cleaning_touches_one_only(tmp_path):
 
 
 # --- continual learning that is interrupted, kept, or begun otherwise -----------------------------
-
-
-def inputs_of(run):
-    return {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
 
 
 def settings_with(run, **changes):
