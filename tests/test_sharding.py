@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from together import together
+from together import drift, together
 from torch.distributed.tensor import DTensor
 
 from kelib.checkpoints import new_model
@@ -88,11 +88,6 @@ def read_rows(trainer: Any) -> list[np.ndarray]:
         lambda _, __, given: rows.append(given["input_ids"].numpy().copy()), with_kwargs=True
     )
     return rows
-
-
-def drift(losses: list[float], reference: list[float]) -> float:
-    assert len(losses) == len(reference)
-    return float(np.abs(np.subtract(losses, reference)).max())
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from together import drift
 from torch import multiprocessing
 
 from kelib.checkpoints import new_model
@@ -42,11 +43,6 @@ def losses_of(**options):
     trainer = trainer_of(**options)
     trainer.run()
     return trainer.losses
-
-
-def drift(losses, reference):
-    assert len(losses) == len(reference)
-    return float(np.abs(np.subtract(losses, reference)).max())
 
 
 @pytest.fixture(scope="module")
