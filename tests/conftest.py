@@ -28,6 +28,8 @@ MODELS: dict[str, dict[str, object]] = {
     "cohere": {**GATED, "logit_scale": 0.25},
     "granite": {**GATED, "logits_scaling": 4.0},
 }
+# Documents of one sentence each.
+SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +135,14 @@ def short_study(tmp_path_factory):
         "regimes": None,
     }
     return measured_study(tmp_path_factory.mktemp("short-study"), changes)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of the documents of :data:`SEEN`."""
+    path = tmp_path / "notes.txt"
+    path.write_text("\n\n".join(SEEN), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import SEEN
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -28,7 +29,6 @@ from kelib.pretrained import locate
 
 FAMILIES = ("olmo", "gpt_neox", "gpt2")
 LENGTH = 32  # the window of the models of conftest
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,6 @@ def folder_of(
 def copy_of(folder_of: Callable, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of the folder, to break."""
     return lambda kind: Path(shutil.copytree(folder_of(kind), tmp_path / f"copy-{kind}"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "notes.txt"
-    path.write_text("\n\n".join(SEEN), encoding="utf-8")
-    return path
 
 
 def by_hand(folder: Path) -> np.ndarray:

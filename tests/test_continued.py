@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SEEN
 from short import do
 
 from kelib import continued, fetching, plots_continued, trajectory
@@ -35,7 +36,6 @@ from kelib.trajectory_tables import TABLES
 
 STEPS, LENGTH, UPDATES, EVERY = [100, 400], 32, 8, 3
 PREFIXES = ("mem", "gen", "hard_gen")
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 VALUES: dict[str, Any] = {
     "trajectory": "tiny",
     "workers": 1,

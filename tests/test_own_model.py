@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import SEEN
 from hub_server import Hub
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +36,6 @@ from kelib.trajectory_profile import load_trajectory
 
 FAMILIES = ("llama", "gpt_neox", "olmo2")
 LENGTH, WORDS = 16, 400
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 MINE = yaml.safe_load((repository_root() / "notebooks/params/mine.yaml").read_text("utf-8"))
 CHANGES: dict[str, Any] = {
     "workers": 1,
