@@ -28,6 +28,8 @@ MODELS: dict[str, dict[str, object]] = {
     "cohere": {**GATED, "logit_scale": 0.25},
     "granite": {**GATED, "logits_scaling": 4.0},
 }
+# Documents of one sentence each.
+SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +57,15 @@ def world(settings):
 @pytest.fixture(scope="session")
 def build(tmp_path_factory, settings):
     """``build(seed=3, settings=..., wanted=...)`` writes a small corpus and returns its folder."""
-    from kelib import corpus
+    from short import less_text
+
+    from kelib.corpus import build_corpus
 
     def make(seed=SEED, settings=settings, wanted=None):
         folder = tmp_path_factory.mktemp("corpus")
         wanted = wanted or {"general": 60, "facts": 40, "domain": 50}
-        with pytest.MonkeyPatch.context() as patch:  # less text: a build takes well under a second
-            patch.setattr(corpus, "GENERATED_DOCUMENTS", 400)
-            patch.setattr(corpus, "TOKENIZER_CHARACTERS", 40_000)
-            corpus.build_corpus(settings, seed, wanted, folder, folder)
+        with less_text(400, 40_000):
+            build_corpus(settings, seed, wanted, folder, folder)
         return folder
 
     return make
@@ -133,6 +135,25 @@ def short_study(tmp_path_factory):
         "regimes": None,
     }
     return measured_study(tmp_path_factory.mktemp("short-study"), changes)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of the documents of :data:`SEEN`."""
+    path = tmp_path / "notes.txt"
+    path.write_text("\n\n".join(SEEN), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As a worker of one thread: sums differ in the last bit between numbers of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

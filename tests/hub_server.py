@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import save
 
 LARGE = (".safetensors", ".bin")
@@ -87,19 +88,23 @@ class Hub:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         return kept | {"HF_ENDPOINT": self.address, "HF_HOME": str(home)}
 
-    def asked_by_this_process(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
-        """Point the clients of this process here: they read the environment when imported."""
-        import datasets
-        from huggingface_hub import HfFileSystem, constants
-
+    def asked_for_models(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Point the client of this process here: it reads the environment when imported."""
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", self.address)
-        patch.setattr(datasets.config, "HF_ENDPOINT", self.address)
         template = self.address + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.delenv("HF_TOKEN", raising=False)
+
+    def asked_by_this_process(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """The same for models and for text: to import datasets takes half a second."""
+        import datasets
+        from huggingface_hub import HfFileSystem
+
+        self.asked_for_models(patch, cache)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        patch.setattr(datasets.config, "HF_ENDPOINT", self.address)
         HfFileSystem.clear_instance_cache()
 
     @property

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from zoo import build
+from zoo import build, relative_gap
 
 from kelib.alternatives import (
     attention_temperature,
@@ -34,10 +34,6 @@ def drawn(seed=0, memories=WIDTH):
 def logits_of(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-def relative_gap(one, other):
-    return float((one - other).abs().max() / other.abs().max())
 
 
 def where(mask):

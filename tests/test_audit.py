@@ -68,13 +68,8 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     home = tmp_path_factory.mktemp("audit")
     lock, folder = home / "lock.yaml", home / "audit"
     with Hub() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "ENDPOINT", hub.address)
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+        hub.asked_for_models(patch, home / "cache")
         patch.setenv("KELIB_PROGRESS", "lines")
-        patch.delenv("HF_TOKEN", raising=False)
         fill(hub)
         table = audit(REPO, lock, folder).set_index("revision")
         asked = [request for request in hub.asked if f"/{REPO}/" in request[1]]

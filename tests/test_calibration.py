@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from short import less_text
 
 from kelib import calibration as calibration_module
-from kelib import corpus as corpus_module
 from kelib import miniature as miniature_module
 from kelib import planner
 from kelib.calibration import calibrate, calibrate_published, own_seconds
@@ -54,9 +54,7 @@ def made(profile, tmp_path_factory):
     """A calibration of the tiny profile, whose runs are done in this process, and its file."""
     kept = tmp_path_factory.mktemp("kept") / "calibration.json"
 
-    with pytest.MonkeyPatch.context() as patch:  # less text
-        patch.setattr(corpus_module, "GENERATED_DOCUMENTS", 1500)
-        patch.setattr(corpus_module, "TOKENIZER_CHARACTERS", 50_000)
+    with less_text(characters=50_000), pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration_module, "_processes", here)
         return calibrate(profile, kept), kept
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from hub_server import Hub
-from huggingface_hub import constants
 
 from kelib.catalogue import CATALOGUE, catalogue, catalogued, pin, revisions_of
 from kelib.errors import KelibError
@@ -28,16 +27,12 @@ def revisions(*names: str) -> list[Revision]:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with three revisions of me/tiny, which the client of this process asks."""
     with Hub() as server:
         for name in ("main", "step0", "step1000"):
             server.put(REPO, name, {"config.json": name.encode()})
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        server.asked_for_models(monkeypatch, tmp_path / "cache")
         yield server
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
@@ -18,15 +17,17 @@ import time
 from pathlib import Path
 
 import pytest
+from short import TINY, pretrained_study, with_corpus_alone
 
 from kelib import cluster
-from kelib import corpus as corpus_module
 from kelib.cluster import COMMANDS, Cluster, Job, do_level, load_cluster, open_executor
 from kelib.config import load_profile, repository_root
 from kelib.errors import KelibError
 from kelib.progress import Progress
-from kelib.runs import execute, perform
+from kelib.runs import execute
 from kelib.study import Study
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GOLDEN = Path(__file__).parent / "goldens" / "slurm_array.sh"
 SETTINGS = Cluster(
@@ -40,18 +41,11 @@ SETTINGS = Cluster(
     account="physics",
     setup=("module load python",),
 )
-TINY = {
-    "seeds": [100],
-    "corpus.vocabulary_size": 320,
-    "corpus.sequence_length": 32,
-    "model.hidden_size": 16,
-    "model.intermediate_size": 32,
-    "pretraining.batch_size": 4,
+CHANGES = {
+    **TINY,
     "pretraining.steps": 120,
     "pretraining.checkpoints": [*range(3, 120, 3)],
     "pretraining.optimizer_states": [],
-    "branches": None,
-    "regimes": None,
 }
 SLURM = {
     "sbatch": """
@@ -90,33 +84,16 @@ for file in "$HOME_OF_SLURM"/state-*; do echo "4242_${file##*-}|$(cat "$file")|h
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A tiny study whose corpus is built and whose pretraining is done undisturbed."""
-    study = Study(load_profile("smoke", TINY), tmp_path_factory.mktemp("made"))
-    with pytest.MonkeyPatch.context() as patch:  # less text, built in a second
-        patch.setattr(corpus_module, "GENERATED_DOCUMENTS", 600)
-        patch.setattr(corpus_module, "TOKENIZER_CHARACTERS", 50_000)
-        perform(study.corpus_run(100))
-    perform(study.pretrain_run(100))
-    return study
+    return pretrained_study(tmp_path_factory.mktemp("made"), CHANGES)
 
 
 @pytest.fixture
 def study(made, tmp_path):
     """The same study in a folder where only the corpus is done."""
-    shutil.copytree(made.data / "corpus", tmp_path / "data" / "corpus")
-    return Study(made.profile, tmp_path / "data")
+    return with_corpus_alone(made, tmp_path / "data")
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import shutil
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import SEEN
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -29,7 +29,6 @@ from kelib.pretrained import locate
 
 FAMILIES = ("olmo", "gpt_neox", "gpt2")
 LENGTH = 32  # the window of the models of conftest
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +53,6 @@ def folder_of(
 def copy_of(folder_of: Callable, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of the folder, to break."""
     return lambda kind: Path(shutil.copytree(folder_of(kind), tmp_path / f"copy-{kind}"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "notes.txt"
-    path.write_text("\n\n".join(SEEN), encoding="utf-8")
-    return path
 
 
 def by_hand(folder: Path) -> np.ndarray:
@@ -352,48 +344,25 @@ def test_offline_says_so_and_how_to_bring_the_files(
     assert "'me tiny' is neither a folder here nor" in refusal(capsys, "me tiny", "--text", text)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the hub does where there is no such model or revision."""
-
-    def do_HEAD(self) -> None:
-        self.send_response(404)
-        code = "RevisionNotFound" if "known" in self.path else "RepoNotFound"
-        self.send_header("X-Error-Code", code)
-        self.end_headers()
-
-    do_GET = do_HEAD
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub on this machine, used in place of the real one."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Hub() as server:
+        server.asked_for_models(monkeypatch, cache)
+        server.put("me/known", "main", {})
+        yield server
 
 
-def test_hub_without_that_model_or_revision(hub: http.server.HTTPServer) -> None:
+def test_hub_without_that_model_or_revision(hub: Hub) -> None:
     with pytest.raises(KelibError, match=r"no folder me/tiny here and no public model of that nam"):
         locate("me/tiny", None)
     with pytest.raises(KelibError, match=r"me/known has no revision 'step7' on the model hub"):
         locate("me/known", "step7")
 
 
-def test_hub_that_cannot_be_reached(
-    hub: http.server.HTTPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the attempts to connect
-    hub.shutdown()
-    hub.server_close()
+    hub.server.shutdown()
+    hub.server.server_close()
     with pytest.raises(KelibError, match=r"the model hub cannot be reached .*hf download me/tiny"):
         locate("me/tiny", None)

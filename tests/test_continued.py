@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SEEN
+from short import do
 
 from kelib import continued, fetching, plots_continued, trajectory
 from kelib.audit import audit
@@ -26,7 +28,7 @@ from kelib.errors import KelibError
 from kelib.fetching import GIB, held, release
 from kelib.items import accuracy_interval, gain_interval
 from kelib.plots_learning import MATCH
-from kelib.runs import perform, with_inputs
+from kelib.runs import perform
 from kelib.tables import read_provenance
 from kelib.trajectory import Trajectory, measure_trajectory
 from kelib.trajectory_profile import load_trajectory, trajectory_from
@@ -34,7 +36,6 @@ from kelib.trajectory_tables import TABLES
 
 STEPS, LENGTH, UPDATES, EVERY = [100, 400], 32, 8, 3
 PREFIXES = ("mem", "gen", "hard_gen")
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 VALUES: dict[str, Any] = {
     "trajectory": "tiny",
     "workers": 1,
@@ -162,12 +163,6 @@ def study_of(place: Path, data: Path, source: Path | None = None, **learning: An
     model = VALUES["model"] | {"source": str(source or place / "checkpoints")}
     values = VALUES | {"model": model, "learning": LEARNING | there | learning}
     return Trajectory(trajectory_from(values), data)
-
-
-def do(runs: list[Any]) -> None:
-    for level in with_inputs(runs):
-        for run in level:
-            perform(run)
 
 
 @pytest.fixture(scope="module")

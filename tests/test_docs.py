@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SEEN
 
 import kelib
 from kelib import architectures
@@ -20,7 +21,6 @@ from kelib.packing import save_tokenizer, train_tokenizer
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "measuring.md"
 LENGTH = 32  # the window of the models of conftest
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 
 
 def blocks() -> list[tuple[int, str, str]]:

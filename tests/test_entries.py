@@ -4,31 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
+import worlds
+from worlds import USUAL, entries, known, words
 
 from kelib import wordings
-from kelib.entries import ATTRIBUTES, LEVELS, Entry
-from kelib.world import World, WorldSize, build_world
+from kelib.entries import ATTRIBUTES, LEVELS
+from kelib.world import World, build_world
 
-SMALL = WorldSize(20, 12, 12, 4, 4, 10)
-USUAL = WorldSize(100, 60, 60, 30, 20, 40)
-
-
-@pytest.fixture(scope="module", params=[SMALL, USUAL], ids=["small", "usual"])
-def world(request: pytest.FixtureRequest) -> World:
-    return build_world(request.param, seed=3)
-
-
-def entries(world: World) -> tuple[Entry, ...]:
-    return world.once + world.paraphrase
-
-
-def known(world: World) -> dict[tuple[str, str], str]:
-    return {(fact.relation, fact.subject): fact.object for fact in world.facts}
-
-
-def words(text: str) -> list[str]:
-    return text.replace(",", "").replace(".", "").split()
+world = worlds.world  # the fixture, here in place of that of conftest
 
 
 def test_passages_of_an_entry_differ_and_tell_the_same_facts(world: World) -> None:

@@ -25,16 +25,10 @@ from kelib.jackknife import BLOCKS, Sums
 from kelib.measurement import EntropyMeasurement, shannon_entropy
 from kelib.tables import stack_coefficients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEQUENCES = sequences_of([11, 7, 11, 3])
 ALL = {"attention": True, "next_token": True}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

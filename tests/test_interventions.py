@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from zoo import build
+from zoo import build, relative_gap
 
 from kelib.entropy import measure_entropy
 from kelib.errors import KelibError
@@ -285,10 +285,6 @@ SCALED = [name for name in SETTINGS if "ratio" in SETTINGS[name] and name[:4] !=
 def logits_of(model, packed):
     with torch.no_grad():
         return model(**batches(packed)[0]).logits
-
-
-def relative_gap(one, other):
-    return float((one - other).abs().max() / other.abs().max())
 
 
 def test_every_intervention_has_settings_to_be_tested_with():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SEEN
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from zoo import build, padded, sequences_of
@@ -23,7 +24,6 @@ from kelib.packing import save_tokenizer, train_tokenizer
 from kelib.processes import require_whole
 
 LENGTH = 32  # the window of the models of conftest
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 # accelerate starts several processes on a CPU only with the switch that is named after GPUs
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -52,13 +52,6 @@ def folder(tmp_path: Path, model_of: Callable) -> Path:
     model_of("olmo").save_pretrained(tmp_path / "olmo")
     save_tokenizer(train_tokenizer(SEEN, 400), LENGTH, tmp_path / "olmo")
     return tmp_path / "olmo"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "notes.txt"
-    path.write_text("\n\n".join(SEEN), encoding="utf-8")
-    return path
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from short import SHORT, do, measured_study
+from short import SHORT, do, measured_study, rows_of
 
 from kelib import jobs, mechanism, mechanism_inputs, stages
 from kelib.attribution import measure_gradients
@@ -62,10 +62,6 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return Finished(tmp_path_factory.mktemp("mechanism"))
-
-
-def rows_of(table, **wanted):
-    return table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
 
 
 # --- runs ---------------------------------------------------------------------------------------

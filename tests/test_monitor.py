@@ -23,18 +23,12 @@ from kelib.entropy import measure_entropy
 from kelib.errors import KelibError
 from kelib.monitor import EntropyCallback
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLE = [padded(sequences_of([9, 5]), "left"), {"input_ids": torch.arange(12).reshape(2, 6)}]
 TRAINING = [{"input_ids": s, "labels": s} for s in sequences_of([8] * 24)]
 STEPS = 6
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Witness(transformers.TrainerCallback):

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import SEEN
 from hub_server import Hub
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +36,6 @@ from kelib.trajectory_profile import load_trajectory
 
 FAMILIES = ("llama", "gpt_neox", "olmo2")
 LENGTH, WORDS = 16, 400
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 MINE = yaml.safe_load((repository_root() / "notebooks/params/mine.yaml").read_text("utf-8"))
 CHANGES: dict[str, Any] = {
     "workers": 1,
@@ -211,11 +210,7 @@ def test_a_model_of_the_hub_is_pinned_and_fetched(
 ) -> None:
     files = {p.name: p.read_bytes() for p in (home / "models" / "llama").iterdir() if p.is_file()}
     with Hub() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.asked_for_models(monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(catalogue, "LOCK", tmp_path / "lock.yaml")
         commit = hub.put("me/mine", "main", files)
         hub.put("me/mine", "step10", files | {"README.md": b"another commit"})

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from short import do
+from short import do, inputs_of, rows_of
 
 from kelib import jobs, reactivation, stages
 from kelib.beyond import reactivation_runs
@@ -40,17 +40,9 @@ def table(short_study, runs):
     return stages.reactivate(short_study.study)
 
 
-def rows_of(table, **wanted):
-    return table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]
-
-
 def value_of(table, **wanted):
     (value,) = rows_of(table, **wanted)["value"]
     return value
-
-
-def inputs_of(run):
-    return {name: made.folder for name, made in run.inputs.items()}
 
 
 # --- runs and table -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from short import do
+from short import do, inputs_of
 
 from kelib import jobs, retention, stages
 from kelib.beyond import retention_runs
@@ -32,10 +32,6 @@ def runs(short_study):
 @pytest.fixture
 def table(short_study, runs):
     return stages.retain(short_study.study)
-
-
-def inputs_of(run):
-    return {name: made.folder for name, made in run.inputs.items()}
 
 
 def same_weights(one, two):

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import pytest
+from short import TINY, pretrained_study, with_corpus_alone
 
-from kelib import corpus as corpus_module
 from kelib import jobs, runs
 from kelib.code_table import code_digest
 from kelib.config import load_profile
@@ -28,21 +28,11 @@ from kelib.errors import KelibError
 from kelib.runs import Run, count_states, execute, perform, with_inputs
 from kelib.study import Study
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = [*range(3, 60, 3)]  # many checkpoints: many moments at which a kill may hurt
-TINY = {
-    "seeds": [100],
-    "workers": 1,
-    "corpus.vocabulary_size": 320,
-    "corpus.sequence_length": 32,
-    "model.hidden_size": 16,
-    "model.intermediate_size": 32,
-    "pretraining.steps": 60,
-    "pretraining.batch_size": 4,
-    "pretraining.checkpoints": KEPT,
-    "branches": None,
-    "regimes": None,
-}
+CHANGES = {**TINY, "workers": 1, "pretraining.steps": 60, "pretraining.checkpoints": KEPT}
 DO = """
 import pickle, signal, sys
 # tests that run in the background hand an ignored interrupt on to their children
@@ -59,34 +49,16 @@ else:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As a worker of one thread, since sums differ in the last bit between numbers of threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A data folder with the corpus of the tiny study and its pretraining run, done undisturbed."""
-    study = Study(load_profile("smoke", TINY), tmp_path_factory.mktemp("made"))
-    with pytest.MonkeyPatch.context() as patch:  # less text, built in a second
-        patch.setattr(corpus_module, "GENERATED_DOCUMENTS", 600)
-        patch.setattr(corpus_module, "TOKENIZER_CHARACTERS", 50_000)
-        perform(study.corpus_run(100))
-    perform(study.pretrain_run(100))
-    return study
+    return pretrained_study(tmp_path_factory.mktemp("made"), CHANGES)
 
 
 @pytest.fixture
 def study(made, tmp_path):
     """The same study in a data folder of its own, where only the corpus is done."""
-    shutil.copytree(made.data / "corpus", tmp_path / "data" / "corpus")
-    return Study(made.profile, tmp_path / "data")
+    return with_corpus_alone(made, tmp_path / "data")
 
 
 @pytest.fixture
@@ -307,7 +279,7 @@ def test_workers_end_with_their_parent_and_the_next_call_completes(made, study, 
 
 
 def test_an_interrupt_ends_the_workers_and_drops_the_queue(study, start):
-    long = load_profile("smoke", {**TINY, "pretraining.steps": 5000})
+    long = load_profile("smoke", {**CHANGES, "pretraining.steps": 5000})
     queue = [
         Study(dataclasses.replace(long, pretraining=plan), study.data).pretrain_run(100)
         for plan in (long.pretraining, dataclasses.replace(long.pretraining, learning_rate=1e-3))

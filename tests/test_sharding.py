@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from together import together
+from together import drift, together
 from torch.distributed.tensor import DTensor
 
 from kelib.checkpoints import new_model
@@ -28,6 +28,8 @@ from kelib.sharding import (
     trainer_of,
     wishes_of_launcher,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # no dimension is a multiple of four processes: shares of a parameter differ, some are empty
 SHAPE, VOCABULARY, LENGTH = (18, 33, 2, 3), 65, 16
@@ -86,19 +88,6 @@ def read_rows(trainer: Any) -> list[np.ndarray]:
         lambda _, __, given: rows.append(given["input_ids"].numpy().copy()), with_kwargs=True
     )
     return rows
-
-
-def drift(losses: list[float], reference: list[float]) -> float:
-    assert len(losses) == len(reference)
-    return float(np.abs(np.subtract(losses, reference)).max())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

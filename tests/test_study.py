@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
+from short import inputs_of, less_text
 
-from kelib import corpus, jobs
+from kelib import jobs
 from kelib.config import load_profile
 from kelib.entropy import shannon_entropy
 from kelib.errors import KelibError
@@ -53,9 +54,7 @@ class Finished:
 
     def __init__(self, data):
         self.study = Study(load_profile("smoke", SMALL), data)
-        with pytest.MonkeyPatch.context() as patch:  # less text, so that this is done in a second
-            patch.setattr(corpus, "GENERATED_DOCUMENTS", 1500)
-            patch.setattr(corpus, "TOKENIZER_CHARACTERS", 100_000)
+        with less_text():
             for seed in SEEDS:
                 perform(self.study.corpus_run(seed))
         self.study.run([*self.study.measure_runs(), *self.study.entities_runs()], "measure")
@@ -581,10 +580,6 @@ def test_profiles_share_no_folder_and_cleaning_touches_one_only(tmp_path):
 
 
 # --- continual learning that is interrupted, kept, or begun otherwise -----------------------------
-
-
-def inputs_of(run):
-    return {name: made.folder for name, made in run.inputs.items()} | dict(run.files)
 
 
 def settings_with(run, **changes):

@@ -25,6 +25,8 @@ from kelib.errors import KelibError
 from kelib.state_files import NOTES
 from kelib.training import LOSS_EVERY, Trainer, learning_rate_at
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, LENGTH, STEPS = 64, 16, 12
 SETTINGS = Optimizer(weight_decay=0.5, clip=0.3)  # this clip is reached at every step
@@ -55,14 +57,6 @@ def content(path):
     with safe_open(path, framework="np") as state:
         tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
         return tensors, json.loads(state.metadata()[NOTES])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- schedule ---------------------------------------------------------------------------------

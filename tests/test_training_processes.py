@@ -14,12 +14,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from together import drift
 from torch import multiprocessing
 
 from kelib.checkpoints import new_model
 from kelib.config import Model, Optimizer
 from kelib.errors import KelibError
 from kelib.training import LOSS_EVERY, Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, LENGTH, BATCH, STEPS = 64, 16, 8, 50
 SETTINGS = Optimizer(weight_decay=0.1, clip=0.5)
@@ -40,19 +43,6 @@ def losses_of(**options):
     trainer = trainer_of(**options)
     trainer.run()
     return trainer.losses
-
-
-def drift(losses, reference):
-    assert len(losses) == len(reference)
-    return float(np.abs(np.subtract(losses, reference)).max())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

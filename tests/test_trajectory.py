@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SEEN
 from hub_server import Hub
 from safetensors import safe_open
 
@@ -47,7 +48,6 @@ VALUES: dict[str, Any] = {
     "loss_sequences": 8,
     "cache_gib": 1.0,
 }
-SEEN = [f"Person {n} keeps {n % 7} grey cats and {n % 5} dogs in town {n % 11}." for n in range(90)]
 DO = """
 import json, sys
 from pathlib import Path

@@ -9,33 +9,16 @@ from itertools import islice, pairwise
 from typing import Any
 
 import pytest
+import worlds
+from worlds import SMALL, USUAL, entries, known, words
 
 from kelib import wordings
-from kelib.entries import Entry
 from kelib.errors import KelibError
 from kelib.world import TASKS, World, WorldSize, build_world
 
-SMALL = WorldSize(20, 12, 12, 4, 4, 10)
-USUAL = WorldSize(100, 60, 60, 30, 20, 40)
+world = worlds.world  # the fixture, here in place of that of conftest
 # A change of this value changes every world: the data of all runs made before it are other data.
 GOLDEN = "70802a991226aadb7403aa7857db027369518e8be753c7625c81df3f5c9ec290"
-
-
-@pytest.fixture(scope="module", params=[SMALL, USUAL], ids=["small", "usual"])
-def world(request: pytest.FixtureRequest) -> World:
-    return build_world(request.param, seed=3)
-
-
-def entries(world: World) -> tuple[Entry, ...]:
-    return world.once + world.paraphrase
-
-
-def known(world: World) -> dict[tuple[str, str], str]:
-    return {(fact.relation, fact.subject): fact.object for fact in world.facts}
-
-
-def words(text: str) -> list[str]:
-    return text.replace(",", "").replace(".", "").split()
 
 
 def digest(world: World) -> str:

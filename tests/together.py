@@ -16,6 +16,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 CONTEXT = multiprocessing.get_context("forkserver")
 LIBRARIES = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "kelib.learning"]
 LIBRARIES += [f"transformers.models.{name}.modeling_{name}" for name in ("gpt_neox", "olmo")]
@@ -62,6 +64,12 @@ def together(world: int, function: Callable[..., Any], folder: Path, *more: Any)
     statuses = end(start(world, _keep, function, folder, *more))
     assert statuses == [0] * world, statuses
     return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+
+
+def drift(losses: list[float], reference: list[float]) -> float:
+    """The largest difference between two runs at any step."""
+    assert len(losses) == len(reference)
+    return float(np.abs(np.subtract(losses, reference)).max())
 
 
 def _keep(function: Callable[..., Any], folder: Path, *more: Any) -> None:

@@ -134,6 +134,11 @@ def padded(sequences: Sequence[Sequence[int]], side: str) -> dict[str, torch.Ten
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def relative_gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, in units of the largest number of ``other``."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
 @contextmanager
 def _softmax_in_float64() -> Iterator[None]:
     """Where transformers asks for a float32 softmax, the reference does without."""
