@@ -23,7 +23,6 @@ from kelib.checkpoint_files import broken_parts, find_weights
 from kelib.config import repository_root
 from kelib.errors import KelibError
 from kelib.hub import Header, HubFile
-from kelib.revisions import named
 from kelib.tables import read_provenance, read_table
 
 REPO = "me/tiny"
@@ -276,8 +275,8 @@ def test_an_index_that_disagrees_with_the_headers_is_remarked(there: SimpleNames
 
 
 def chosen(there: SimpleNamespace, *names: str) -> list:
-    revisions = revisions_of(REPO, there.lock)
-    return [named(revisions, name) for name in names]
+    known = {revision.name: revision for revision in revisions_of(REPO, there.lock)}
+    return [known[name] for name in names]
 
 
 def test_bad_revisions_are_refused_unless_told(there: SimpleNamespace) -> None:
