@@ -198,7 +198,7 @@ def test_a_machine_without_slurm_is_told_so(settings, study, monkeypatch, tmp_pa
 
 def test_a_missing_submitit_is_named_with_its_extra(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(KelibError, match=r"needs the package submitit.*kelib\[cluster\]"):
+    with pytest.raises(KelibError, match=r"needs the package submitit.*\.\[cluster\]"):
         open_executor(settings)
 
 
