@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kelib import trends
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
-from kelib.plots import COLOURS, MARKERS, bounds
+from kelib.plots import COLOURS, MARKERS
 from kelib.recipes import SAVED, TRUNK
 from kelib.trends import interval_words, over_seeds
 
@@ -271,11 +272,8 @@ def slope_dots(found: Mapping[str, pd.DataFrame], ax: Axes, xlabel: str) -> Axes
 def mean_words(
     table: pd.DataFrame, value: str, unit: str, decimals: int = 2, scale: float = 1
 ) -> str:
-    """Mean of ``value`` over pretraining seeds with its 95 % t interval, in words."""
-    scaled = table.assign(all=0, **{value: scale * table[value]})
-    mean = over_seeds(scaled, value, ["all"]).iloc[0]
-    words = f"{mean['mean']:+.{decimals}f} {unit}"
-    return words if mean["n"] < 2 else f"{words} {bounds(mean['low'], mean['high'], decimals)}"
+    """:func:`kelib.trends.mean_words`, called so by a notebook that is yet to change."""
+    return trends.mean_words(table, value, scale, decimals, unit)
 
 
 def decay_notes(n: int) -> list[str]:
