@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from kelib import trends
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
+from kelib.metrics import with_gain
 from kelib.plots import COLOURS, MARKERS
 from kelib.recipes import SAVED, TRUNK
 from kelib.trends import interval_words, over_seeds
@@ -71,7 +72,7 @@ def annealed_stages(
     arms = annealed["arm"].unique()
     parts = [at_start.assign(arm=SAVED), annealed, *(last.assign(arm=a) for a in (SAVED, *arms))]
     table = pd.concat(parts, ignore_index=True)
-    return table.assign(k_gain=table["k_cl"] - table["k_pt"])
+    return with_gain(table)
 
 
 def decay_arms(
@@ -90,7 +91,7 @@ def decay_arms(
     trunk = runs[runs["stage_step"] == plan.steps]
     trunk = trunk.assign(arm=TRUNK, weight_decay=plan.optimizer.weight_decay)
     table = pd.concat([trunk, branches.assign(arm=branches["branch"])], ignore_index=True)
-    return table.assign(k_gain=table["k_cl"] - table["k_pt"])
+    return with_gain(table)
 
 
 def decay_names(known: pd.DataFrame, plan: Pretraining) -> dict[str, str]:
