@@ -7,7 +7,7 @@ in the column seed, see :func:`kelib.plots_curves.units`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,7 @@ def check_sweep(
     runs: pd.DataFrame,
     pairs: pd.DataFrame,
     arms: Sequence[str],
-    rates: Iterable[float],
+    rates: Collection[float],
     seeds: Sequence[int],
 ) -> None:
     """Raises KelibError unless ``runs`` and ``pairs`` of :func:`sweep` have all of ``arms`` (the
