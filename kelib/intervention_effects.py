@@ -7,18 +7,19 @@ in the column seed, see :func:`kelib.plots_curves.units`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from kelib import trends
 from kelib.arms import Arm
 from kelib.errors import KelibError, listing
-from kelib.plots import bounds
 from kelib.plots_curves import ORIGINAL
 from kelib.plots_learning import MATCH, differences
-from kelib.trends import over_seeds
+from kelib.plots_tables import summary_table
+from kelib.trends import over_seeds, row_words
 
 ALGORITHM, PRESERVING, LOWER = "Algorithm 1", "function-preserving", "lower CL rate"
 CONTROLS, ATTENTION, REMEDIES = "controls", "attention", "remedies for plasticity"
@@ -38,7 +39,24 @@ KINDS = {
 }
 BASELINES = ("acquisition", "forgetting")  # what "before" means for: checkpoint or modified model
 OUTCOMES = ("k_cl", "p_cl", *BASELINES, *(f"{name}_modified" for name in BASELINES))
+# what tables of effects show: value -> (heading, scale, decimals)
+ALONE = {
+    "entropy_change": ("entropy", 1, 2),
+    "loss_change": ("loss", 1, 3),
+    "k_change": ("K", 1, 3),
+    "p_change": ("P", 100, 1),
+}
+COLUMNS = {
+    "k_cl": ("K", 1, 3),
+    "p_cl": ("P", 100, 1),
+    "acquisition": ("A", 100, 1),
+    "acquisition_modified": ("A (m)", 100, 1),
+    "forgetting": ("F", 100, 1),
+    "forgetting_modified": ("F (m)", 100, 1),
+}
+SWEEP = ["learning_rate", "arm"]  # what tells the groups of a sweep apart
 EMPTY = "not defined"
+mean_words = row_words  # called so by a notebook that is yet to change
 
 
 def with_baselines(runs: pd.DataFrame) -> pd.DataFrame:
@@ -159,17 +177,9 @@ def effects_table(
             if len(known):
                 mean = over_seeds(known, value, [by]).iloc[0]
                 line["n"] = max(line["n"], mean["n"])
-                line[heading] = mean_words(mean, scale, decimals)
+                line[heading] = row_words(mean, scale, decimals)
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def mean_words(mean: Any, scale: float, decimals: int) -> str:
-    """A row of :func:`over_seeds` as ``+0.12 [-0.10, +0.34]``, or the mean alone."""
-    text = f"{round(scale * mean['mean'], decimals) + 0.0:+.{decimals}f}"  # no -0
-    if np.isnan(mean["low"]):
-        return text
-    return f"{text} {bounds(scale * mean['low'], scale * mean['high'], decimals)}"
 
 
 def sweep(
@@ -193,3 +203,84 @@ def sweep(
     words: dict[str, str] = {**names, ORIGINAL: ORIGINAL}
     runs = pd.concat([first, chosen], ignore_index=True)
     return runs.assign(arm=runs["arm"].map(words)), pairs.assign(arm=pairs["arm"].map(words))
+
+
+def check_sweep(
+    runs: pd.DataFrame,
+    pairs: pd.DataFrame,
+    arms: Sequence[str],
+    rates: Collection[float],
+    seeds: Sequence[int],
+) -> None:
+    """Raises KelibError unless ``runs`` and ``pairs`` of :func:`sweep` have all of ``arms`` (the
+    original first), CL ``rates`` and pretraining ``seeds``, each once, with K and P in their range.
+    """
+    counts, wanted = pairs.groupby(SWEEP).size(), len(seeds) * runs["cl_seed"].nunique()
+    holds = {
+        f"the arms {listing(arms, 20)}": set(runs["arm"]) == set(arms)
+        and set(pairs["arm"]) == set(arms[1:]),
+        f"the CL rates {listing(rates)}": set(runs["learning_rate"]) == set(rates),
+        f"the pretraining seeds {listing(seeds)}": set(runs["seed"]) == set(seeds),
+        f"{wanted} pairs for each arm and CL rate": bool((counts == wanted).all()),
+        "each run once": not runs.duplicated([*MATCH, "arm"]).any(),
+        "P between 0 and 1": bool(runs["p_cl"].between(0, 1).all()),
+        "K below 0": bool((runs["k_cl"] < 0).all()),
+    }
+    if failed := [what for what, true in holds.items() if not true]:
+        raise KelibError(f"the sweep must have {'; '.join(failed)}: run stage 4 with these arms")
+
+
+def alone_table(runs: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """What each of ``arms`` but the first, the original, changes before any training."""
+    changed = before_training(runs[runs["arm"] != ORIGINAL]).drop_duplicates(["seed", "arm"])
+    return effects_table(changed, "arm", {arm: arm for arm in arms[1:]}, ALONE)
+
+
+def outcomes_table(
+    runs: pd.DataFrame, arms: Sequence[str], rates: Iterable[float]
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Means of :data:`COLUMNS` by CL rate and arm, as of :func:`kelib.plots_tables.summary_table`:
+    K in nats per target token, the rest in %; (m) is against the modified model.
+    """
+    columns = {
+        value: (value.replace("_modified", " (m)"), scale)
+        for value, (_, scale, _) in COLUMNS.items()
+    }
+    return summary_table(runs, columns, {"learning_rate": list(rates), "arm": arms})
+
+
+def effects_by_rate(
+    pairs: pd.DataFrame,
+    by: str,
+    rows: Iterable[str],
+    rates: Mapping[float, str],
+    columns: Mapping[str, tuple[str, float, int]] = COLUMNS,
+) -> dict[str, pd.DataFrame]:
+    """Name of the CL rate -> :func:`effects_table` of its ``pairs``."""
+    named = {row: row for row in rows}
+    return {
+        name: effects_table(pairs[pairs["learning_rate"] == rate], by, named, columns)
+        for rate, name in rates.items()
+    }
+
+
+def plotted_sweep(summaries: Mapping[str, pd.DataFrame], pairs: pd.DataFrame) -> pd.DataFrame:
+    """The numbers behind :func:`kelib.plots_interventions.sweep_panels`: ``summaries`` of
+    :func:`outcomes_table`, then means of ``pairs``, with a column quantity.
+    """
+    parts = [part.assign(quantity=value) for value, part in summaries.items()]
+    parts += [
+        over_seeds(pairs, value, SWEEP).assign(quantity=f"{value}: arm - original")
+        for value in COLUMNS
+    ]
+    return pd.concat(parts)
+
+
+def effect_lines(pairs: pd.DataFrame, rows: Mapping[str, str]) -> str:
+    """A line of Markdown for each arm in ``rows`` (arm -> name): effects on K and P."""
+    lines = []
+    for arm, name in rows.items():
+        part = pairs[pairs["arm"] == arm]
+        k, p = trends.mean_words(part, "k_cl"), trends.mean_words(part, "p_cl", 100, 1)
+        lines.append(f"- {name}: K {k} nats, P {p} points")
+    return "\n".join(lines)

@@ -189,6 +189,11 @@ def forgetting_over_chance(p_before: ArrayLike, p_after: ArrayLike, chance: Arra
     return _ratio(before - after, before - level, before > level, why)
 
 
+def with_gain(runs: pd.DataFrame) -> pd.DataFrame:
+    """``runs`` with k_gain = K_CL - K_PT (nats per target token), which A divides by abs(K_PT)."""
+    return runs.assign(k_gain=runs["k_cl"] - runs["k_pt"])
+
+
 def _sample(values: ArrayLike, name: str = "values") -> np.ndarray:
     array = _finite(name, values)
     if array.ndim != 1 or array.size == 0:

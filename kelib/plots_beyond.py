@@ -1,20 +1,14 @@
-"""What the figures of retention and of woken memories need: tables by arm, and a panel whose
-horizontal axis is any list of names. Table and Axes in, Axes out.
-"""
+"""What the figures of retention and of woken memories need: tables by arm, and a named level."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from kelib.errors import KelibError, listing
-from kelib.plots import COLOURS
 from kelib.plots_curves import ORIGINAL
-from kelib.plots_entropy import label_ends
-from kelib.plots_learning import against_stage, by_seed
 
 RUN = ["learning_rate", "arm", "seed", "cl_seed", "stage_step"]
 SETS = ("nothing", "woken", "random", "others")  # whose rows of V are set to 0
@@ -67,47 +61,6 @@ def zeroing(table: pd.DataFrame) -> pd.DataFrame:
     drops = {"k_drop": "k_after", "p_drop": "p_before", "p_drop_after": "p_after"}
     values = {name: pairs[f"{of}_whole"] - pairs[of] for name, of in drops.items()}
     return pairs[[*keys, "gain"]].assign(**values)
-
-
-def against_names(
-    table: pd.DataFrame,
-    ax: Axes,
-    value: str,
-    column: str,
-    order: Sequence[str],
-    by: str,
-    names: Mapping[Any, str],
-    ylabel: str,
-    scale: float = 1,
-    zero: bool = False,
-    first: int = 0,
-    named: bool = False,
-) -> Axes:
-    """``value`` at each of ``order``, which are values of ``column``, a line for each key of
-    ``names`` in column ``by``; else as :func:`kelib.plots_learning.against_stage`.
-
-    With ``named`` the names stand where the lines end, and no legend is needed.
-    Raises KelibError for a value of ``column`` that ``order`` does not list.
-    """
-    unknown = set(table[column]) - set(order)
-    if unknown:
-        raise KelibError(f"{column} {listing(unknown)} has no place among {listing(order)}: add it")
-    place = {name: index for index, name in enumerate(order)}
-    placed = table.assign(stage_step=table[column].map(place))
-    ticks = dict(enumerate(order))
-    against_stage(placed, ax, value, by, names, ticks, ylabel, scale, zero=zero, first=first)
-    ax.set_xlabel("")
-    if named:
-        ends = by_seed(placed[placed[column] == order[-1]], [value], [by]).groupby(by)[value].mean()
-        label_ends(
-            ax,
-            {
-                name: (scale * ends[key], COLOURS[index % 7])
-                for index, (key, name) in enumerate(names.items(), first)
-                if key in ends
-            },
-        )
-    return ax
 
 
 def level(ax: Axes, y: float, name: str) -> Axes:

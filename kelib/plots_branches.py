@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kelib import trends
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
-from kelib.plots import COLOURS, MARKERS, bounds
+from kelib.metrics import with_gain
+from kelib.plots import COLOURS, MARKERS
 from kelib.recipes import SAVED, TRUNK
 from kelib.trends import interval_words, over_seeds
 
@@ -70,7 +72,7 @@ def annealed_stages(
     arms = annealed["arm"].unique()
     parts = [at_start.assign(arm=SAVED), annealed, *(last.assign(arm=a) for a in (SAVED, *arms))]
     table = pd.concat(parts, ignore_index=True)
-    return table.assign(k_gain=table["k_cl"] - table["k_pt"])
+    return with_gain(table)
 
 
 def decay_arms(
@@ -89,7 +91,7 @@ def decay_arms(
     trunk = runs[runs["stage_step"] == plan.steps]
     trunk = trunk.assign(arm=TRUNK, weight_decay=plan.optimizer.weight_decay)
     table = pd.concat([trunk, branches.assign(arm=branches["branch"])], ignore_index=True)
-    return table.assign(k_gain=table["k_cl"] - table["k_pt"])
+    return with_gain(table)
 
 
 def decay_names(known: pd.DataFrame, plan: Pretraining) -> dict[str, str]:
@@ -271,11 +273,8 @@ def slope_dots(found: Mapping[str, pd.DataFrame], ax: Axes, xlabel: str) -> Axes
 def mean_words(
     table: pd.DataFrame, value: str, unit: str, decimals: int = 2, scale: float = 1
 ) -> str:
-    """Mean of ``value`` over pretraining seeds with its 95 % t interval, in words."""
-    scaled = table.assign(all=0, **{value: scale * table[value]})
-    mean = over_seeds(scaled, value, ["all"]).iloc[0]
-    words = f"{mean['mean']:+.{decimals}f} {unit}"
-    return words if mean["n"] < 2 else f"{words} {bounds(mean['low'], mean['high'], decimals)}"
+    """:func:`kelib.trends.mean_words`, called so by a notebook that is yet to change."""
+    return trends.mean_words(table, value, scale, decimals, unit)
 
 
 def decay_notes(n: int) -> list[str]:

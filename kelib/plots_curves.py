@@ -1,5 +1,5 @@
-"""What ``kelib.plots_learning`` needs to draw one pretraining seed as well as several, and arms of
-an intervention in place of stages.
+"""What ``kelib.plots_learning`` needs to draw one pretraining seed as well as several, and names,
+as of arms of an intervention, in place of stages.
 """
 
 from __future__ import annotations
@@ -56,6 +56,47 @@ def name_seeds(table: pd.DataFrame, ax: Axes, value: str) -> Axes:
     return ax
 
 
+def against_names(
+    table: pd.DataFrame,
+    ax: Axes,
+    value: str,
+    column: str,
+    order: Sequence[str],
+    by: str,
+    names: Mapping[Any, str],
+    ylabel: str,
+    scale: float = 1,
+    zero: bool = False,
+    first: int = 0,
+    named: bool = False,
+) -> Axes:
+    """``value`` at each of ``order``, which are values of ``column``, a line for each key of
+    ``names`` in column ``by``; else as :func:`kelib.plots_learning.against_stage`.
+
+    With ``named`` the names stand where the lines end, and no legend is needed.
+    Raises KelibError for a value of ``column`` that ``order`` does not list.
+    """
+    unknown = set(table[column]) - set(order)
+    if unknown:
+        raise KelibError(f"{column} {listing(unknown)} has no place among {listing(order)}: add it")
+    place = {name: index for index, name in enumerate(order)}
+    placed = table.assign(stage_step=table[column].map(place))
+    ticks = dict(enumerate(order))
+    against_stage(placed, ax, value, by, names, ticks, ylabel, scale, zero=zero, first=first)
+    ax.set_xlabel("")
+    if named:
+        ends = by_seed(placed[placed[column] == order[-1]], [value], [by]).groupby(by)[value].mean()
+        label_ends(
+            ax,
+            {
+                name: (scale * ends[key], COLOURS[index % 7])
+                for index, (key, name) in enumerate(names.items(), first)
+                if key in ends
+            },
+        )
+    return ax
+
+
 def against_arm(
     table: pd.DataFrame,
     ax: Axes,
@@ -67,24 +108,16 @@ def against_arm(
 ) -> Axes:
     """``value`` in each arm of an intervention, a line for each CL rate in ``names``.
 
-    ``table`` has columns seed, learning_rate, arm and ``value``. Thin: single seeds; marked: their
-    mean with its interval, as in :func:`against_stage`. Dashed: the mean of the arm
-    :data:`ORIGINAL`; where ``arms`` lacks it, values are differences from it and the line is at 0.
-    Raises KelibError for an arm that ``arms`` does not list.
+    ``table`` has columns seed, learning_rate, arm and ``value``; see :func:`against_names`. Dashed:
+    the mean of the arm :data:`ORIGINAL`; where ``arms`` lacks it, values are differences from it
+    and the line is at 0.
     """
-    unknown = set(table["arm"]) - set(arms)
-    if unknown:
-        raise KelibError(f"arm {listing(unknown)} has no place among {listing(arms)}: add or drop")
-    place = {arm: index for index, arm in enumerate(arms)}
-    placed: Any = table.assign(stage_step=table["arm"].map(place))
-    difference = ORIGINAL not in place
-    ticks = dict(enumerate(arms))
-    against_stage(placed, ax, value, "learning_rate", names, ticks, ylabel, scale, zero=difference)
-    for index, rate in enumerate(names if not difference else ()):
-        original = placed[(placed["learning_rate"] == rate) & (placed["arm"] == ORIGINAL)]
-        level = scale * by_seed(original, [value])[value].mean()
+    zero = ORIGINAL not in arms
+    against_names(table, ax, value, "arm", arms, "learning_rate", names, ylabel, scale, zero)
+    for index, rate in enumerate(() if zero else names):
+        original = table[(table["learning_rate"] == rate) & (table["arm"] == ORIGINAL)]
+        level = scale * by_seed(original.assign(stage_step=0), [value])[value].mean()
         ax.axhline(level, color=COLOURS[index % 7], lw=0.8, ls="--", zorder=1)
-    ax.set_xlabel("")
     return ax
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from kelib.errors import KelibError
-from kelib.plots import bounds
 from kelib.tables import read_vectors
-from kelib.trends import over_seeds
+from kelib.trends import over_seeds, row_words
 
 FALLS, RISES, OPEN = "falls", "rises", "open"
 ARROWS = {FALLS: "↓", RISES: "↑", OPEN: "?"}
@@ -49,9 +48,8 @@ def directions(
     for quantity, (table, paper) in changes.items():
         unit, scale, decimals = units[quantity]
         found = over_seeds(table.assign(all=0), "change", ["all"]).iloc[0]
-        low, high = scale * found["low"], scale * found["high"]
-        here = FALLS if high < 0 else RISES if low > 0 else OPEN
-        change = f"{scale * found['mean']:+.{decimals}f} {unit} {bounds(low, high, decimals)}"
+        here = FALLS if found["high"] < 0 else RISES if found["low"] > 0 else OPEN
+        change = row_words(found, scale, decimals, unit)
         rows.append({"quantity": quantity, "the paper": paper, "here": here, "change": change})
     return pd.DataFrame(rows)
 

@@ -160,7 +160,7 @@ def stages_table(
     decimals: int = 1,
 ) -> pd.DataFrame:
     """``value`` times ``scale`` as text, a row for each key of column ``by`` (in their order) and a
-    column for each of ``stages`` (step -> heading).
+    column for each of ``stages`` (step -> heading, of which several lines become one).
 
     A cell is the mean over pretraining seeds ± half of its 95 % t interval, or the mean alone where
     there is none; CL seeds are averaged inside a pretraining seed. :data:`MISSING` where nothing
@@ -171,7 +171,21 @@ def stages_table(
     texts = [_text(mean, high - mean, decimals) for mean, _, high in numbers.to_numpy()]
     cells = pd.Series(texts, index=pd.MultiIndex.from_frame(means[[by, "stage_step"]])).unstack()
     wide = cells.reindex(index=list(dict.fromkeys(runs[by])), columns=list(stages)).fillna(MISSING)
-    return wide.set_axis(list(stages.values()), axis=1).rename_axis(index=by).reset_index()
+    heads = [heading.replace("\n", " ") for heading in stages.values()]
+    return wide.set_axis(heads, axis=1).rename_axis(index=by).reset_index()
+
+
+def stages_tables(
+    runs: pd.DataFrame,
+    by: str,
+    stages: Mapping[int, str],
+    columns: Mapping[str, tuple[str, float, int]],
+) -> dict[str, pd.DataFrame]:
+    """Title -> :func:`stages_table` for each of ``columns``: value -> (title, scale, decimals)."""
+    return {
+        title: stages_table(runs, value, by, stages, scale, decimals)
+        for value, (title, scale, decimals) in columns.items()
+    }
 
 
 def _text(mean: float, half: float, decimals: int) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from kelib.config import Pretraining
+from kelib.metrics import with_gain
 from kelib.plots_branches import at_matched_loss, slopes
 from kelib.recipes import SAVED, TRUNK
 
@@ -34,9 +35,7 @@ def with_gains(learned: pd.DataFrame) -> pd.DataFrame:
     runs = learned[learned["injected"].astype(bool)]
     known = runs["p_pt"] - runs["chance"] >= MARGIN
     runs = runs.assign(forgetting_over_chance=runs["forgetting_over_chance"].where(known))
-    return runs.assign(
-        k_gain=runs["k_cl"] - runs["k_pt"], k_injected=runs["k_cl"] - runs["k_cl_none"]
-    )
+    return with_gain(runs).assign(k_injected=runs["k_cl"] - runs["k_cl_none"])
 
 
 def cooled_arms(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from kelib.metrics import with_gain
 from kelib.results import Tables
 from kelib.verdicts import NOT_RUN
 
@@ -97,9 +98,7 @@ def outcome_rows(tables: Tables) -> pd.DataFrame | None:
     match = [*KEYS, "seed", "cl_seed"]
     without = runs[~injected].set_index(match)["k_cl"].rename("k_cl_none")
     rows = runs[injected].join(without, on=match)
-    rows = rows.assign(
-        k_gain=rows["k_cl"] - rows["k_pt"], k_injected=rows["k_cl"] - rows["k_cl_none"]
-    )
+    rows = with_gain(rows).assign(k_injected=rows["k_cl"] - rows["k_cl_none"])
     found = [name for name in OUTCOMES if name in rows]
     means = rows.groupby([*KEYS, "seed"], as_index=False, sort=False)[["entropy_pt", *found]].mean()
     for name in found:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
@@ -21,6 +21,9 @@ from kelib.schema import require_name
 from kelib.seals import sealed, unsealed
 from kelib.tables import provenance, read_provenance, read_table, write_atomically
 from kelib.temporary import temporary_beside
+
+if TYPE_CHECKING:
+    from kelib.study import Study
 
 SOURCES = {"reference": Path("data/reference"), "measurements": Path("data/measurements")}
 FIRST = ("entropy.csv", "regimes.csv")  # tables of which every study has one, with its seeds
@@ -68,6 +71,13 @@ class Tables:
     def profile(self) -> Profile:
         """What the tables were made with, read from their provenance."""
         return profile_from(self.parameters)
+
+    @functools.cached_property
+    def study(self) -> Study:
+        """The study behind the tables: its models, and the peak and stages of each seed."""
+        from kelib.study import Study  # brings what handing out of runs needs
+
+        return Study(self.profile, self.folder.parent.parent)
 
 
 def open_tables(name: str, source: str = "reference") -> Tables:

@@ -38,6 +38,14 @@ class Study(StudyRuns):
         after = {label: step for step, label in nearest.items() if step > peak}
         return after if len(after) > 1 else {label: step for step, label in nearest.items()}
 
+    def marks(self, entropy: pd.DataFrame) -> tuple[dict[int, int], dict[int, dict[str, int]]]:
+        """(step of the entropy peak, stages as of :meth:`stages`) of every pretraining seed."""
+        seeds = self.profile.seeds
+        return (
+            {seed: peak_step(entropy, seed) for seed in seeds},
+            {seed: self.stages(entropy, seed) for seed in seeds},
+        )
+
     def continual_grid(self, entropy: pd.DataFrame) -> list[tuple[str, Run]]:
         """(name of the variant, run): every stage at every learning rate and CL seed, with and for
         the control seeds without injection; then the variants.

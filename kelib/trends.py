@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from kelib.metrics import correlations
@@ -22,6 +23,23 @@ def over_seeds(table: pd.DataFrame, value: str, by: list[str]) -> pd.DataFrame:
     With one seed the bounds are NaN: it says nothing about others.
     """
     return summarise(table, value, by).assign(unit="pretraining seeds")
+
+
+def row_words(mean: Any, scale: float = 1, decimals: int = 3, unit: str = "") -> str:
+    """A row of :func:`over_seeds` as ``+0.12 nats [-0.10, +0.34]``; the mean alone where there is
+    no interval, as of one seed or of ties. A mean that rounds to 0 has no minus.
+    """
+    text = f"{round(scale * mean['mean'], decimals) + 0.0:+.{decimals}f} {unit}".rstrip()
+    if np.isnan(mean["low"]):
+        return text
+    return f"{text} {bounds(scale * mean['low'], scale * mean['high'], decimals)}"
+
+
+def mean_words(
+    part: pd.DataFrame, value: str, scale: float = 1, decimals: int = 3, unit: str = ""
+) -> str:
+    """Mean of ``value`` over the seeds of ``part`` with its interval, see :func:`row_words`."""
+    return row_words(over_seeds(part.assign(all=0), value, ["all"]).iloc[0], scale, decimals, unit)
 
 
 def stage_changes(table: pd.DataFrame, value: str, by: list[str], stages: Stages) -> pd.DataFrame:

@@ -229,3 +229,11 @@ def test_correlations_of_ties_match_scipy() -> None:
 def test_metrics_and_verdicts_import_no_torch() -> None:
     code = "import sys, kelib.metrics, kelib.verdicts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_gain_is_what_acquisition_divides() -> None:
+    runs = pd.DataFrame({"k_pt": [-4.0, -5.0], "k_cl": [-3.0, -5.5]})
+    gain = metrics.with_gain(runs)["k_gain"]
+    assert gain.tolist() == [1.0, -0.5] and "k_gain" not in runs
+    found = metrics.acquisition(runs["k_pt"], runs["k_cl"])
+    assert list(gain / runs["k_pt"].abs()) == pytest.approx(list(found))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kelib import plots_beyond
+from kelib import plots_beyond, plots_curves
 from kelib.errors import KelibError
 
 ARMS = ("original", "q = 1")
@@ -58,25 +58,9 @@ def test_what_zeroing_costs(table):
     assert np.allclose(means.loc["others"], [2, 0, 0.1, 0.2])
 
 
-def test_lines_are_named_where_they_end(table, ax):
-    costs = plots_beyond.zeroing(plots_beyond.of_arms(table, 0.5))
-    names = {"woken": "woken", "others": "others"}
-    plots_beyond.against_names(
-        costs, ax, "k_drop", "arm", ARMS, "of", names, "K drop (nats)", zero=True, named=True
-    )
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == list(ARMS)
-    assert ax.get_xlabel() == "" and ax.get_ylabel() == "K drop (nats)"
-    texts = {text.get_text(): text for text in ax.texts}
-    assert set(texts) == set(names)
-    heights = [ax.transLimits.transform((0, y))[1] for y in (0.5, 2.0)]
-    assert np.allclose([texts[name].get_position()[1] for name in names], heights)
-    with pytest.raises(KelibError, match="arm q = 1 has no place among original: add it"):
-        plots_beyond.against_names(costs, ax, "k_drop", "arm", ARMS[:1], "of", names, "")
-
-
 def test_a_level_is_in_view(table, ax):
     rows = plots_beyond.measure(plots_beyond.of_arms(table, 0.5), "update_share").assign(all=0)
-    plots_beyond.against_names(rows, ax, "value", "arm", ARMS, "all", {0: "update"}, "share")
+    plots_curves.against_names(rows, ax, "value", "arm", ARMS, "all", {0: "update"}, "share")
     assert ax.get_ylim()[1] < 0.9
     plots_beyond.level(ax, 0.9, "even spread")
     low, high = ax.get_ylim()

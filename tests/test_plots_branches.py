@@ -158,11 +158,7 @@ def test_at_matched_loss_lies_on_the_line_between_two_stages():
     assert np.isnan(found["lower"])  # never reached by the trunk
 
 
-def test_means_in_words():
-    table = pd.DataFrame({"seed": [0, 1], "a": [0.01, 0.03]})
-    words = plots_branches.mean_words(table, "a", "points", 1, 100)
-    assert words == "+2.0 points [-10.7, +14.7]"
-    assert plots_branches.mean_words(table.head(1), "a", "nats") == "+0.01 nats"
+def test_notes_name_bands_from_four_seeds_on():
     assert "n = 1" in plots_branches.decay_notes(1)[0]
     assert "Bands" not in plots_branches.decay_notes(3)[0]
     assert "n = 5 pretraining seeds" in plots_branches.decay_notes(5)[0]

@@ -129,3 +129,17 @@ def test_an_arm_without_a_place_is_refused(ax: Axes) -> None:
     table = arms({(0.006, 100, "q = 3"): 0.5})
     with pytest.raises(KelibError, match="arm q = 3 has no place among original, q = 1"):
         plots_curves.against_arm(table, ax, "k", RATES, ARMS, "K")
+
+
+def test_lines_over_names_are_named_where_they_end(ax: Axes) -> None:
+    table = arms({(rate, 100, arm): 2 * i for rate, i in ((0.006, 1), (0.001, 2)) for arm in ARMS})
+    of = {0.006: "fast", 0.001: "slow", 0.1: "not run"}
+    plots_curves.against_names(
+        table, ax, "k", "arm", ARMS, "learning_rate", of, "K", zero=True, named=True
+    )
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ARMS
+    assert ax.get_xlabel() == "" and ax.get_ylabel() == "K" and ax.get_ylim()[0] < 0
+    texts = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert texts == pytest.approx(
+        {name: ax.transLimits.transform((0, y))[1] for name, y in (("fast", 2), ("slow", 4))}
+    )

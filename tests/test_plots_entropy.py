@@ -62,6 +62,17 @@ def test_one_seed_has_no_interval_in_words_or_tables() -> None:
     assert trends.interval_words(1) == "one pretraining seed"
 
 
+def test_a_mean_in_words_brackets_its_interval() -> None:
+    table = pd.DataFrame({"seed": [0, 1], "a": [0.01, 0.03]})
+    # 12.7 standard errors for two seeds
+    assert trends.mean_words(table, "a", 100, 1, "points") == "+2.0 points [-10.7, +14.7]"
+    assert trends.mean_words(table, "a", 100, 1) == "+2.0 [-10.7, +14.7]"
+    assert trends.mean_words(table.head(1), "a", unit="nats") == "+0.010 nats"
+    assert trends.mean_words(table.assign(a=-0.0001), "a") == "+0.000"  # tied, and no -0
+    row = {"mean": -0.001, "low": -0.25, "high": 0.25}
+    assert trends.row_words(row, 1, 2) == "+0.00 [-0.25, +0.25]"
+
+
 def test_table_of_changes_follows_the_names_and_counts_falls() -> None:
     changes = pd.DataFrame(
         {"kind": ["absolute"] * 3 + ["relu"] * 3, "seed": [100, 101, 102] * 2, "first": 1.0}

@@ -142,6 +142,48 @@ def test_a_sweep_has_the_rates_of_all_its_arms() -> None:
         tables.sweep(changed, ORIGINALS, {**names, "redo tau=0.1": "ReDo"})
 
 
+def small_sweep() -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    names = {"resuscitate p=0.5 q=1": "q = 1", PRESERVING: "kept"}
+    shown, pairs = tables.sweep(tables.changed_runs(GRID, ARMS), ORIGINALS, names)
+    return shown, pairs, ["original", *names.values()]
+
+
+def test_tables_of_a_sweep_have_its_arms_in_order() -> None:
+    shown, pairs, arms = small_sweep()
+    alone = tables.alone_table(shown, arms)
+    assert alone[""].tolist() == arms[1:] and alone["P"].tolist() == ["-12.5", "-12.5"]
+    text, summaries = tables.outcomes_table(shown, arms, {HIGH: "CL rate 0.006"})
+    assert text["arm"].tolist() == arms and text["acquisition (m)"].str[:6].tolist() == [
+        *("150.00", "300.00", "300.00")
+    ]
+    assert list(summaries) == list(tables.COLUMNS)
+    (found,) = tables.effects_by_rate(pairs, "arm", arms[1:], {HIGH: "high"}).items()
+    assert found[0] == "high" and found[1]["K"].tolist()[0] == "+0.500"  # both seeds alike
+    plotted = tables.plotted_sweep(summaries, pairs).set_index(["quantity", "arm"])["mean"]
+    assert plotted["k_cl", "original"] == -3.5 and plotted["k_cl: arm - original", "q = 1"] == 0.5
+    lines = tables.effect_lines(pairs, {"q = 1": "q one"})
+    assert lines.startswith("- q one: K +0.500 nats, P +5.0")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shown: shown[shown["arm"] != "kept"], r"the arms kept, original, q = 1:"),
+        (lambda shown: shown[shown["seed"] > 100], r"the pretraining seeds 100, 101:"),
+        (lambda shown: pd.concat([shown, shown]), r"each run once:"),
+        (lambda shown: shown.assign(p_cl=1.5), r"P between 0 and 1:"),
+        (lambda shown: shown.assign(k_cl=0), r"K below 0: run stage 4"),
+        (lambda shown: shown.assign(learning_rate=LOW), r"the CL rates 0\.006:"),
+        (lambda shown: shown.assign(cl_seed=range(6)), r"12 pairs for each arm"),
+    ],
+)
+def test_a_sweep_with_a_hole_is_refused(change, message) -> None:
+    shown, pairs, arms = small_sweep()
+    tables.check_sweep(shown, pairs, arms, [HIGH], [100, 101])
+    with pytest.raises(KelibError, match=f"the sweep must have {message}"):
+        tables.check_sweep(change(shown), pairs, arms, [HIGH], [100, 101])
+
+
 # --- axes -----------------------------------------------------------------------------------------
 
 ROWS = {"a": "first", "b": "second", "c": "third"}
@@ -203,11 +245,9 @@ def test_a_plane_numbers_its_points_around_the_original(ax: Axes) -> None:
 
 
 def test_a_sweep_fills_eight_panels() -> None:
-    changed = tables.changed_runs(GRID, ARMS)
-    names = {"resuscitate p=0.5 q=1": "q = 1", PRESERVING: "kept"}
-    shown, pairs = tables.sweep(changed, ORIGINALS, names)
+    shown, pairs, arms = small_sweep()
     _, axes = plots.panels(4, 2)
-    rates, arms = {HIGH: "CL rate 0.006"}, ["original", *names.values()]
+    rates = {HIGH: "CL rate 0.006"}
     plots_interventions.sweep_panels(list(axes.flat), shown, pairs, arms, rates)
     assert [ax.get_title()[:3] for ax in axes.flat] == [f"({letter})" for letter in "abcdefgh"]
     values = [ax.containers[0].lines[0].get_ydata().tolist() for ax in axes.flat]

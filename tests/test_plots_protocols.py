@@ -149,6 +149,15 @@ def test_one_seed_has_no_interval_however_many_cl_seeds() -> None:
     assert shown["50%"].tolist() == ["3.00"]
 
 
+def test_tables_by_title_have_headings_of_one_line() -> None:
+    table = runs({("b", HIGH, 100, 30, 0): 0.5, ("b", HIGH, 100, 60, 0): 0.25})
+    columns = {"k_cl": ("K", 1, 2), "p_cl": ("P (%)", 100, 1)}
+    ticks = {30: "50%\n30", 60: "100%\n60"}
+    found = plots_protocols.stages_tables(table.assign(p_cl=1), "variant", ticks, columns)
+    assert found["K"].to_dict("records") == [{"variant": "b", "50% 30": "0.50", "100% 60": "0.25"}]
+    assert list(found) == ["K", "P (%)"] and found["P (%)"]["50% 30"].tolist() == ["100.0"]
+
+
 def test_what_lies_below_the_cut_is_named(ax: Axes) -> None:
     table = runs({("a", HIGH, 100, 30, 0): 5.0, ("a", HIGH, 100, 60, 0): -92.25})
     ticks = {30: "50%", 60: "100%"}

@@ -66,6 +66,8 @@ def test_what_make_computed_is_drawn_into_the_repository(root: Path, measured: T
     assert measured.seeds == (100, 101)
     assert measured.label == "profile smoke · pretraining seed 100, 101"
     assert measured.profile == load_profile("smoke")  # from the provenance, not from the YAML
+    assert measured.study.profile is measured.profile
+    assert measured.study.measurements.parent == measured.folder.parent
     sha256 = read_provenance(measured.folder / "entropy.csv")["sha256"]
     assert measured.inputs(["entropy"]) == {"entropy": sha256}
 

@@ -335,8 +335,9 @@ def planted(curve, seed=100):
     return pd.DataFrame(rows, columns=["seed", "step", "layer", "entropy_nats"])
 
 
-def study_of(steps=100, stages=(0.5, 1.0)):
+def study_of(steps=100, stages=(0.5, 1.0), seeds=(100,)):
     overrides = {
+        "seeds": list(seeds),
         "pretraining.steps": steps,
         "pretraining.checkpoints": [],
         "pretraining.optimizer_states": [],
@@ -405,9 +406,12 @@ def test_peak_and_stages_of_planted_curves(name):
 
 
 def test_each_seed_has_its_own_peak():
-    (first, (peak, _)), (second, (other, _)) = CURVES["collapse, recovery, fall"], CURVES["flat"]
+    (first, marks), (second, others) = CURVES["collapse, recovery, fall"], CURVES["flat"]
     table = pd.concat([planted(first, 100), planted(second, 101)])
-    assert (peak_step(table, 100), peak_step(table, 101)) == (peak, other)
+    assert (peak_step(table, 100), peak_step(table, 101)) == (marks[0], others[0])
+    peaks, stages = study_of(seeds=(100, 101)).marks(table)
+    assert peaks == {100: marks[0], 101: others[0]}
+    assert stages == {100: marks[1], 101: others[1]}
 
 
 def test_stages_come_in_order_and_those_before_the_peak_are_left_out():
