@@ -19,6 +19,7 @@ from kelib.metrics import Interval, mean_interval
 
 COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FRACTIONS = ("p", "p_pt", "p_cl", "accuracy")  # columns that lie between 0 and 1
 VERDICT_COLOURS = {"reproduced": COLOURS[2], "contradicted": COLOURS[3], "absent": COLOURS[0]}
 
 
@@ -87,6 +88,20 @@ def bounds(low: float, high: float, decimals: int) -> str:
     if np.isnan(low):
         return "(no interval: tied or single)"
     return f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+
+
+def within_range(mean: pd.DataFrame, value: str, scale: float = 1) -> tuple[pd.DataFrame, str]:
+    """Rows of :func:`summarise`, times ``scale``, as they are drawn: intervals of a column of
+    :data:`FRACTIONS` end at 0 and ``scale``, for a t interval knows no bounds. Numbers in tables
+    stay whole. The words say which ends were cut; empty where none was, and for differences, whose
+    means need not be fractions.
+    """
+    if value not in FRACTIONS or not mean["mean"].between(0, scale).all():
+        return mean, ""
+    over = {0: (mean["low"] < 0).any(), scale: (mean["high"] > scale).any()}
+    cut = mean.assign(low=mean["low"].clip(lower=0), high=mean["high"].clip(upper=scale))
+    ends = " and ".join(f"{end:g}" for end, beyond in over.items() if beyond)
+    return cut, f"intervals cut at {ends}" if ends else ""
 
 
 def intervals_table(

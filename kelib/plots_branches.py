@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
-from kelib.plots import COLOURS, MARKERS, bounds
+from kelib.plots import COLOURS, MARKERS, bounds, within_range
 from kelib.recipes import SAVED, TRUNK
 from kelib.trends import interval_words, over_seeds
 
@@ -190,21 +190,23 @@ def along_arms(
     """``value`` against the step of pretraining, a line for each arm of ``names``.
 
     Thin: single pretraining seeds; marked: their mean, with a band (95 % t interval) from four of
-    them on.
+    them on, which ends where a fraction does.
     """
+    labels = [ylabel]
     for index, (arm, name) in enumerate(names.items()):
         part = table[table["arm"] == arm].assign(value=lambda t: scale * t[value])
         colour = COLOURS[index % 7]
         if part["seed"].nunique() > 1:
             for _, line in part.sort_values("step").groupby("seed"):
                 ax.plot(line["step"], line["value"], color=colour, lw=0.6, alpha=0.5, label="_seed")
-        mean = over_seeds(part, "value", ["step"])
+        mean, cut = within_range(over_seeds(part, "value", ["step"]), value, scale)
+        labels += [cut] if cut not in ("", *labels) and mean["n"].max() > 3 else []
         style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7], "ms": 4}
         ax.plot(mean["step"], mean["mean"], lw=1.6, label=name, **style)
         if mean["n"].max() > 3:
             ax.fill_between(mean["step"], mean["low"], mean["high"], color=colour, alpha=0.12, lw=0)
     ax.set_xlabel("pretraining step")
-    ax.set_ylabel(ylabel)
+    ax.set_ylabel(", ".join(labels))
     return ax
 
 
