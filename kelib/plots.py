@@ -139,7 +139,7 @@ def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, i
     """
     for index, (seed, part) in enumerate(totals.groupby("seed")):
         colour = COLOURS[index % len(COLOURS)]
-        style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7], "ms": 3, "lw": 1.2}
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7], "ms": 4, "lw": 1.2}
         ax.plot(part["step"], part["entropy_nats"], label=f"seed {seed}", **style)
     first = totals[totals["seed"] == totals["seed"].iloc[0]].set_index("step")["entropy_nats"]
     ax.axhline(totals["bound_nats"].iloc[0], color="0.5", lw=0.8, ls=":")
@@ -174,10 +174,16 @@ def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, i
 def layer_changes(entropy: pd.DataFrame, ax: Axes, peak: int, tokens_per_step: int) -> Axes:
     """Entropy of each layer relative to its value at ``peak`` (nats), from there on, and their sum.
 
-    ``entropy`` has columns step, layer, entropy_nats of one seed.
+    ``entropy`` has columns step, layer, entropy_nats of one seed. If nothing was measured after the
+    peak the panel says that, in place of one point.
     """
     table = entropy.pivot(index="step", columns="layer", values="entropy_nats")
     late = table.loc[peak:] - table.loc[peak]
+    if len(late) < 2:
+        place: dict[str, Any] = {"transform": ax.transAxes, "ha": "center", "va": "center"}
+        ax.text(0.5, 0.5, f"no step after the peak ({peak})", **place)
+        ax.set_axis_off()
+        return ax
     layer: Any  # labels of columns have no types of their own
     for index, layer in enumerate(late.columns):
         ax.plot(
