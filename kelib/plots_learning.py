@@ -200,14 +200,14 @@ def against_stage(
 
     ``table`` has columns seed, stage_step, ``by`` and ``value``. Thin: single pretraining seeds;
     marked: their mean with its interval. ``hollow`` keys are dashed and take the colour of the key
-    they map to. With two or three seeds limits follow these and the wide bars are cut.
-    ``zero`` draws a line at 0, within the limits. ``first`` is the colour to begin with. Intervals
-    of a fraction end at 0 and 1, which the label of the axis then says.
+    they map to. ``zero`` draws a line at 0, within the limits; ``first`` is the colour to begin
+    with. With two or three seeds limits follow these and wide bars are cut; with more, two values
+    have no bar. Intervals of a fraction end at 0 and 1, which the label of the axis then says.
     """
     steps, labels = sorted(ticks), [ylabel]
     table = by_seed(table, [value], [by]).dropna(subset=[value])
     table[value] *= scale
-    shown = []
+    shown, several = [], table["seed"].nunique() > 3
     for index, (key, name) in enumerate(names.items(), first):
         part = table[table[by] == key]
         if part.empty:
@@ -220,6 +220,8 @@ def against_stage(
                 x = [steps.index(step) + shift for step in line["stage_step"]]
                 ax.plot(x, line[value], lw=0.6, alpha=0.45, label="_seed", **style)
         mean = over_seeds(part, value, ["stage_step"])
+        if several:  # an interval of two values, t = 12.7, would be a line from edge to edge
+            mean.loc[mean["n"] < 3, ["low", "high"]] = np.nan
         if not zero:  # a difference has no such range
             mean, cut = within_range(mean, value, scale)
             labels += [cut] if cut not in ("", *labels) else []
