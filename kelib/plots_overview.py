@@ -122,5 +122,5 @@ def selection_words(name: str, profile: Profile) -> str:
     if on_generated_text(profile):
         return "The text is generated and the models are tiny: these numbers mean nothing."
     if name in SELECTED:
-        return "The regime was selected because its entropy falls: that cannot count as a reproduction."
+        return "The regime was selected because its entropy falls: that is no reproduction."
     return ""
