@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,15 +91,15 @@ def stage_verdicts(tables: Tables) -> dict[str, str]:
     names = ("continual", "interventions", "entropy", "checkpoints")
     judged = judged_claims(claims, {name: tables.table(name) for name in names})
     rate = tables.profile.continual.learning_rates[0]
-    rows = judged[judged["learning_rate"] == rate].set_index("claim")
-    if rows.empty:
+    rows = {row["claim"]: row for row in judged[judged["learning_rate"] == rate].to_dict("records")}
+    if not rows:
         rates = listing(judged["learning_rate"].unique())
         raise KelibError(f"no claim was judged at CL rate {rate:g}; judged were {rates}")
     primary = {c.quantity: c.beside for c in claims if c.beside and c.contrast == rule.STAGES}
-    return {name: verdict_words(rows.loc[str(claim)]) for name, claim in primary.items()}
+    return {name: verdict_words(rows[claim]) for name, claim in primary.items()}
 
 
-def verdict_words(row: Mapping[str, str]) -> str:
+def verdict_words(row: Mapping[Any, Any]) -> str:
     """The verdict of a row of the claims table for a title, with one obstacle to a test.
 
     >>> verdict_words({"verdict": "undecided", "reason": "adjusted p >= 0.05"})
