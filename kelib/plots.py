@@ -101,7 +101,7 @@ def within_range(mean: pd.DataFrame, value: str, scale: float = 1) -> tuple[pd.D
     over = {0: (mean["low"] < 0).any(), scale: (mean["high"] > scale).any()}
     cut = mean.assign(low=mean["low"].clip(lower=0), high=mean["high"].clip(upper=scale))
     ends = " and ".join(f"{end:g}" for end, beyond in over.items() if beyond)
-    return cut, f"intervals cut at {ends}" if ends else ""
+    return cut, f"cut at {ends}" if ends else ""
 
 
 def intervals_table(

@@ -200,7 +200,8 @@ def along_arms(
             for _, line in part.sort_values("step").groupby("seed"):
                 ax.plot(line["step"], line["value"], color=colour, lw=0.6, alpha=0.5, label="_seed")
         mean, cut = within_range(over_seeds(part, "value", ["step"]), value, scale)
-        labels += [cut] if cut not in ("", *labels) and mean["n"].max() > 3 else []
+        if cut and mean["n"].max() > 3 and f"bands {cut}" not in labels:
+            labels.append(f"bands {cut}")
         style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7], "ms": 4}
         ax.plot(mean["step"], mean["mean"], lw=1.6, label=name, **style)
         if mean["n"].max() > 3:

@@ -224,7 +224,7 @@ def against_stage(
             mean.loc[mean["n"] < 3, ["low", "high"]] = np.nan
         if not zero:  # a difference has no such range
             mean, cut = within_range(mean, value, scale)
-            labels += [cut] if cut not in ("", *labels) else []
+            labels += [f"bars {cut}"] if cut and f"bars {cut}" not in labels else []
         shown.append(mean)
         errors = np.nan_to_num(np.abs(mean[["low", "high"]].to_numpy().T - mean["mean"].to_numpy()))
         style |= {"marker": MARKERS[index % 7], "mfc": "white" if style["ls"] == "--" else None}

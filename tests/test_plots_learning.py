@@ -287,7 +287,7 @@ def test_intervals_of_a_fraction_end_where_it_does(ax: Axes) -> None:
     plots_learning.against_stage(table, ax, "p_cl", "entry_set", NAMES, TICKS, "P (%)", 100)
     (bar,) = (segment[:, 1] for segment in containers(ax)["once"].lines[2][0].get_segments())
     assert bar == pytest.approx([80 - 55.53, 100], abs=0.01)  # not 135.5
-    assert ax.get_ylim()[1] < 110 and ax.get_ylabel() == "P (%), intervals cut at 100"
+    assert ax.get_ylim()[1] < 110 and ax.get_ylabel() == "P (%), bars cut at 100"
     ax.clear()  # a difference of fractions goes beyond
     plots_learning.against_stage(table, ax, "p_cl", "entry_set", NAMES, TICKS, "P", zero=True)
     assert ax.get_ylim()[1] > 1.3 and ax.get_ylabel() == "P"
