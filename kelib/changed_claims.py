@@ -60,15 +60,22 @@ def judgements(what: Declared, tables: Tables, parameters: Mapping[str, Any]) ->
 def _claims(claims: tuple[Claim, ...], tables: Tables) -> pd.DataFrame:
     if not set(NEEDED) <= set(tables):
         return pd.DataFrame()
+    table = judged_claims(claims, tables)
+    return table.rename(columns={"claim": "name", "verdict": "judgement"}).assign(kind="claim")
+
+
+def judged_claims(claims: tuple[Claim, ...], tables: Tables) -> pd.DataFrame:
+    """The claims table (:func:`kelib.verdicts.verdicts`) of the measurement tables by name:
+    :data:`NEEDED`, and ``interventions`` where there are any.
+    """
     continual, entropy, checkpoints = (tables[name] for name in NEEDED)
     totals = entropy.groupby(["seed", "step"])["entropy_nats"].sum().reset_index()
-    table = verdicts(
+    return verdicts(
         rule.claim_differences(continual, tables.get("interventions"), claims),
         rule.entropy_change(totals, continual),
         claims,
         tokens_per_parameter=float(checkpoints["tokens_per_parameter"].max()),
     )
-    return table.rename(columns={"claim": "name", "verdict": "judgement"}).assign(kind="claim")
 
 
 def _contrasts(

@@ -19,6 +19,7 @@ from kelib.metrics import Interval, mean_interval
 
 COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FRACTIONS = ("p", "p_pt", "p_cl", "accuracy")  # columns that lie between 0 and 1
 VERDICT_COLOURS = {"reproduced": COLOURS[2], "contradicted": COLOURS[3], "absent": COLOURS[0]}
 
 
@@ -89,6 +90,20 @@ def bounds(low: float, high: float, decimals: int) -> str:
     return f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
 
 
+def within_range(mean: pd.DataFrame, value: str, scale: float = 1) -> tuple[pd.DataFrame, str]:
+    """Rows of :func:`summarise`, times ``scale``, as they are drawn: intervals of a column of
+    :data:`FRACTIONS` end at 0 and ``scale``, for a t interval knows no bounds. Numbers in tables
+    stay whole. The words say which ends were cut; empty where none was, and for differences, whose
+    means need not be fractions.
+    """
+    if value not in FRACTIONS or not mean["mean"].between(0, scale).all():
+        return mean, ""
+    over = {0: (mean["low"] < 0).any(), scale: (mean["high"] > scale).any()}
+    cut = mean.assign(low=mean["low"].clip(lower=0), high=mean["high"].clip(upper=scale))
+    ends = " and ".join(f"{end:g}" for end, beyond in over.items() if beyond)
+    return cut, f"cut at {ends}" if ends else ""
+
+
 def intervals_table(
     summaries: dict[str, pd.DataFrame], keys: Sequence[str], scales: dict[str, float]
 ) -> pd.DataFrame:
@@ -116,7 +131,7 @@ def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, i
     """
     for index, (seed, part) in enumerate(totals.groupby("seed")):
         colour = COLOURS[index % len(COLOURS)]
-        style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7], "ms": 3, "lw": 1.2}
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7], "ms": 4, "lw": 1.2}
         ax.plot(part["step"], part["entropy_nats"], label=f"seed {seed}", **style)
     first = totals[totals["seed"] == totals["seed"].iloc[0]].set_index("step")["entropy_nats"]
     ax.axhline(totals["bound_nats"].iloc[0], color="0.5", lw=0.8, ls=":")
@@ -151,10 +166,16 @@ def entropy_curve(totals: pd.DataFrame, ax: Axes, peak: int, stages: dict[str, i
 def layer_changes(entropy: pd.DataFrame, ax: Axes, peak: int, tokens_per_step: int) -> Axes:
     """Entropy of each layer relative to its value at ``peak`` (nats), from there on, and their sum.
 
-    ``entropy`` has columns step, layer, entropy_nats of one seed.
+    ``entropy`` has columns step, layer, entropy_nats of one seed. If nothing was measured after the
+    peak the panel says that, in place of one point.
     """
     table = entropy.pivot(index="step", columns="layer", values="entropy_nats")
     late = table.loc[peak:] - table.loc[peak]
+    if len(late) < 2:
+        place: dict[str, Any] = {"transform": ax.transAxes, "ha": "center", "va": "center"}
+        ax.text(0.5, 0.5, f"no step after the peak ({peak})", **place)
+        ax.set_axis_off()
+        return ax
     layer: Any  # labels of columns have no types of their own
     for index, layer in enumerate(late.columns):
         ax.plot(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from kelib.associations import PREDICTORS
 from kelib.plots import COLOURS
 
 INSIDE, FIXED, PARTIAL = "inside runs", "at a fixed stage", "at a fixed stage and loss"
+BY_DEFINITION = "its definition"  # who expects a contrast that cannot come out otherwise
 LOOKS: dict[str, dict[str, Any]] = {
     INSIDE: {"color": COLOURS[0], "marker": "o"},
     FIXED: {"color": COLOURS[3], "marker": "s"},
@@ -45,11 +47,12 @@ def correlation_intervals(table: pd.DataFrame, within: pd.DataFrame, ax: Axes) -
 
 
 def contrasts_forest(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Differences over their smallest effect of interest, a row each, 95 % t intervals over seeds.
+    """Differences over their smallest effect of interest, a row for each statement, 95 % t
+    intervals over seeds.
 
     ``table`` is that of :func:`kelib.contrasts.judged`; what was not run or is undefined is left
-    out. The shaded band is what would not matter; filled marks have intervals on one side of 0, a
-    grey tick shows the expected direction.
+    out. The shaded band is what would not matter; filled marks have intervals on one side of 0, an
+    arrow behind the statement shows the expected direction. Grey: true by definition.
     """
     shown = table[table["mean"].notna()].iloc[::-1].reset_index(drop=True)
     row: Any  # columns have no types of their own
@@ -57,6 +60,7 @@ def contrasts_forest(table: pd.DataFrame, ax: Axes) -> Axes:
         mean, low, high = (v / row.smallest_effect for v in (row.mean, row.low95, row.high95))
         side = row.outcome.split(",")[0]
         colour = {"as expected": COLOURS[0], "opposite": COLOURS[3]}.get(side, "0.4")
+        colour = "0.7" if row.expected_by == BY_DEFINITION else colour
         ax.plot([low, high], [y, y], color=colour, lw=1.4)
         clear = side in ("as expected", "opposite")
         ax.plot(mean, y, "o", ms=5, color=colour, mfc=colour if clear else "white")
@@ -70,9 +74,9 @@ def contrasts_forest(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.minorticks_off()
     ax.set_ylim(-0.7, len(shown) - 0.3)
     arrows = ["→" if d > 0 else "←" for d in shown["direction"]]
-    ax.set_yticks(
-        range(len(shown)),
-        [f"{n.replace('_', ' ')} {a}" for n, a in zip(shown["contrast"], arrows, strict=True)],
-    )
+    texts = [f"{s.rstrip('.')} {a}" for s, a in zip(shown["statement"], arrows, strict=True)]
+    ax.set_yticks(range(len(shown)), [textwrap.fill(text, 74) for text in texts], fontsize=7)
+    for text, expected_by in zip(ax.get_yticklabels(), shown["expected_by"], strict=True):
+        text.set_color("0.5" if expected_by == BY_DEFINITION else "black")
     ax.set_xlabel("difference / smallest effect of interest")
     return ax

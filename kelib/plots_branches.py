@@ -18,7 +18,7 @@ from kelib import trends
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
 from kelib.metrics import with_gain
-from kelib.plots import COLOURS, MARKERS
+from kelib.plots import COLOURS, MARKERS, within_range
 from kelib.recipes import SAVED, TRUNK
 from kelib.trends import interval_words, over_seeds
 
@@ -192,21 +192,24 @@ def along_arms(
     """``value`` against the step of pretraining, a line for each arm of ``names``.
 
     Thin: single pretraining seeds; marked: their mean, with a band (95 % t interval) from four of
-    them on.
+    them on, which ends where a fraction does.
     """
+    labels = [ylabel]
     for index, (arm, name) in enumerate(names.items()):
         part = table[table["arm"] == arm].assign(value=lambda t: scale * t[value])
         colour = COLOURS[index % 7]
         if part["seed"].nunique() > 1:
             for _, line in part.sort_values("step").groupby("seed"):
                 ax.plot(line["step"], line["value"], color=colour, lw=0.6, alpha=0.5, label="_seed")
-        mean = over_seeds(part, "value", ["step"])
+        mean, cut = within_range(over_seeds(part, "value", ["step"]), value, scale)
+        if cut and mean["n"].max() > 3 and f"bands {cut}" not in labels:
+            labels.append(f"bands {cut}")
         style: dict[str, Any] = {"color": colour, "marker": MARKERS[index % 7], "ms": 4}
         ax.plot(mean["step"], mean["mean"], lw=1.6, label=name, **style)
         if mean["n"].max() > 3:
             ax.fill_between(mean["step"], mean["low"], mean["high"], color=colour, alpha=0.12, lw=0)
     ax.set_xlabel("pretraining step")
-    ax.set_ylabel(ylabel)
+    ax.set_ylabel(", ".join(labels))
     return ax
 
 
@@ -239,11 +242,14 @@ def against_entropy(
     return ax
 
 
-def slope_dots(found: Mapping[str, pd.DataFrame], ax: Axes, xlabel: str) -> Axes:
+def slope_dots(
+    found: Mapping[str, pd.DataFrame], ax: Axes, xlabel: str, linear: float | None = None
+) -> Axes:
     """Slopes of :func:`slopes` of one CL rate, a row for each name in ``found``, from the top.
 
     Rings: single seeds; filled: their mean with its 95 % t interval. At the right: in how many
-    seeds the slope is above 0.
+    seeds the slope is above 0. With more than four rows the names stand inside, above their rows;
+    ``linear`` makes the axis symlog, linear up to there.
     """
     for index, table in enumerate(found.values()):
         part, y = table.dropna(subset=["slope"]), len(found) - 1 - index
@@ -260,9 +266,20 @@ def slope_dots(found: Mapping[str, pd.DataFrame], ax: Axes, xlabel: str) -> Axes
         ax.text(1.02, y, text, fontsize=7, **place)
     ax.axvline(0, color="0.5", lw=0.8)
     ax.set_yticks(range(len(found))[::-1], list(found))
-    if len(found) > 4:
-        ax.tick_params(axis="y", labelsize=7)
-    ax.set_ylim(-0.6, len(found) - 0.4)
+    if len(found) > 4:  # beside the axes long names would leave a gap in the whole column
+        ax.set_yticks([])
+        inside: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "fontsize": 6.5}
+        for index, name in enumerate(found):
+            ax.text(0.01, len(found) - 1 - index + 0.27, name, color="0.3", **inside)
+    if linear is not None:
+        ends = np.abs(ax.dataLim.intervalx).max() / linear
+        ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if t <= max(ends, 1)]
+        ax.set_xscale("symlog", linthresh=linear)
+        ax.set_xticks([linear * t for t in (*(-t for t in ticks[::-1]), 0, *ticks)])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        ax.margins(x=0.06)
+    ax.set_ylim(-0.6, len(found) - 0.2)
     ax.set_xlabel(xlabel)
     return ax
 

@@ -143,9 +143,11 @@ def plane(
     """Two ``values`` against each other, a point with both intervals for each key of ``groups``,
     numbered in their order; the original is the ring in the middle.
 
-    ``linear``: both axes are symlog, linear up to there. Keys without a value are left out.
+    ``linear``: both axes are symlog, linear up to there. Keys without a value are left out. A
+    number that has no place beside its point stands apart, at the end of a line.
     """
     spans: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    points: dict[str, tuple[float, float, str]] = {}
     for number, (key, group) in enumerate(groups.items(), 1):
         part = table[table[by] == key].dropna(subset=list(values))
         if part.empty:
@@ -158,9 +160,10 @@ def plane(
         ]
         style: dict[str, Any] = {**look(group, groups), "elinewidth": 0.7, "ls": "", "zorder": 3}
         style["label"] = group if group not in ax.get_legend_handles_labels()[1] else f"_{key}"
-        ax.errorbar(at[0], at[1], xerr=halves[0], yerr=halves[1], **style)
-        above: dict[str, Any] = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7}
-        ax.annotate(str(number), (at[0], at[1]), color=style["color"], **above)
+        _, _, bars = ax.errorbar(at[0], at[1], xerr=halves[0], yerr=halves[1], **style)
+        for bar in bars:  # pale, for numbers are to be read before them
+            bar.set_alpha(0.4)
+        points[str(number)] = (at[0], at[1], style["color"])
         for span, center, half, mean in zip(spans, at, halves, means, strict=True):
             span.append(np.array([center - half, center + half] if mean["n"] > 3 else [center]))
     ax.axhline(0, color="0.5", lw=0.8)
@@ -173,4 +176,32 @@ def plane(
     ax.set_ylim(_limits(spans[1], linear[1] if linear else None))
     ax.set_xlabel(labels[0])
     ax.set_ylabel(labels[1])
+    name_points(ax, points)
     return ax
+
+
+def name_points(ax: Axes, points: Mapping[str, tuple[float, float, str]]) -> None:
+    """A name at every point (x, y, colour), where it covers no point and no other name: beside it,
+    or further off with a line between. To be called when the limits are final.
+    """
+    inches = ax.figure.get_size_inches() * ax.get_position().size  # type: ignore[union-attr]
+    to_points = (ax.transScale + ax.transLimits).transform
+    at = {name: np.asarray(to_points((x, y))) * inches * 72 for name, (x, y, _) in points.items()}
+    taken = [*at.values()]
+    turns = [np.array([np.cos(a), np.sin(a)]) for a in np.pi * (0.25 + np.arange(0, 2, 0.125))]
+    moves = [radius * turn for radius in (8, 14, 20, 27, 35, 44) for turn in turns]
+    for name, (x, y, colour) in points.items():
+        free = [
+            move
+            for move in moves
+            if all(np.abs((at[name] + move - other) / (9, 8)).max() > 1 for other in taken)
+            and ((at[name] + move > 4) & (at[name] + move < inches * 72 + 8)).all()
+        ]
+        move = (free or moves)[0]
+        taken.append(at[name] + move)
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+        style |= {"xytext": tuple(move), "textcoords": "offset points", "zorder": 5}
+        if np.hypot(*move) > 10:
+            line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0, "shrinkB": 2}
+            style["arrowprops"] = line
+        ax.annotate(name, (x, y), **style)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from kelib.errors import KelibError, listing
 from kelib.metrics import ENTRY_SETS
-from kelib.plots import COLOURS, MARKERS
+from kelib.plots import COLOURS, MARKERS, within_range
 from kelib.trends import change_words, over_seeds, stage_changes
 
 LEVELS = ("memorisation", "semantic", "composition")
@@ -200,13 +200,14 @@ def against_stage(
 
     ``table`` has columns seed, stage_step, ``by`` and ``value``. Thin: single pretraining seeds;
     marked: their mean with its interval. ``hollow`` keys are dashed and take the colour of the key
-    they map to. With two or three seeds limits follow these and the wide bars are cut.
-    ``zero`` draws a line at 0, within the limits. ``first`` is the colour to begin with.
+    they map to. ``zero`` draws a line at 0, within the limits; ``first`` is the colour to begin
+    with. With two or three seeds limits follow these and wide bars are cut; with more, two values
+    have no bar. Intervals of a fraction end at 0 and 1, which the label of the axis then says.
     """
-    steps = sorted(ticks)
+    steps, labels = sorted(ticks), [ylabel]
     table = by_seed(table, [value], [by]).dropna(subset=[value])
     table[value] *= scale
-    shown = []
+    shown, several = [], table["seed"].nunique() > 3
     for index, (key, name) in enumerate(names.items(), first):
         part = table[table[by] == key]
         if part.empty:
@@ -219,6 +220,11 @@ def against_stage(
                 x = [steps.index(step) + shift for step in line["stage_step"]]
                 ax.plot(x, line[value], lw=0.6, alpha=0.45, label="_seed", **style)
         mean = over_seeds(part, value, ["stage_step"])
+        if several:  # an interval of two values, t = 12.7, would be a line from edge to edge
+            mean.loc[mean["n"] < 3, ["low", "high"]] = np.nan
+        if not zero:  # a difference has no such range
+            mean, cut = within_range(mean, value, scale)
+            labels += [f"bars {cut}"] if cut and f"bars {cut}" not in labels else []
         shown.append(mean)
         errors = np.nan_to_num(np.abs(mean[["low", "high"]].to_numpy().T - mean["mean"].to_numpy()))
         style |= {"marker": MARKERS[index % 7], "mfc": "white" if style["ls"] == "--" else None}
@@ -233,7 +239,7 @@ def against_stage(
     ax.set_xticks(range(len(steps)), [ticks[step] for step in steps])
     ax.set_xlim(-0.4, len(steps) - 0.6)
     ax.set_xlabel("stage (share, step)")
-    ax.set_ylabel(ylabel)
+    ax.set_ylabel(", ".join(labels))
     return ax
 
 

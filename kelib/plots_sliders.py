@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,16 +16,21 @@ from kelib.sliders import FACTORS, PLACES, RATIOS, Effect, Effects
 
 
 def grid_map(table: pd.DataFrame, ax: Axes, value: str, label: str) -> Axes:
-    """``value`` for every p (across) and q (up), written into its cell; darker is larger.
+    """``value``, a change, for every p (across) and q (up), in its cell; darker is larger.
 
-    ``table`` has columns ratio, factor and ``value``; p = 0 is left out.
+    White is 0. With values of both signs those below 0 have another hue and a hatch, and the bar of
+    colours a line at 0. ``table`` has columns ratio, factor and ``value``; p = 0 is left out.
     """
     cells = table[table["ratio"] > 0].pivot(index="factor", columns="ratio", values=value)
-    image = ax.imshow(cells, origin="lower", aspect="auto", cmap="Greys")
-    low, high = np.nanmin(cells.to_numpy()), np.nanmax(cells.to_numpy())
+    most, both = float(np.nanmax(np.abs(cells.to_numpy()))), bool((cells < 0).any(axis=None))
+    style: dict[str, Any] = {"cmap": "PuOr" if both else "Greys", "vmin": -most * both}
+    image = ax.imshow(cells, origin="lower", aspect="auto", vmax=most, **style)
     for y, row in enumerate(cells.to_numpy()):
         for x, number in enumerate(row):
-            dark = number > (low + high) / 2
+            dark = abs(number) > 0.6 * most
+            if number < 0:
+                hatch: dict[str, Any] = {"fill": False, "hatch": "////", "ec": "0.75", "lw": 0}
+                ax.add_patch(mpl.patches.Rectangle((x - 0.5, y - 0.5), 1, 1, **hatch))
             text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
             ax.text(x, y, f"{number:+.2f}", color="white" if dark else "black", **text)
     ax.set_xticks(range(cells.shape[1]), [f"{100 * p:g}" for p in cells.columns])
@@ -32,7 +38,9 @@ def grid_map(table: pd.DataFrame, ax: Axes, value: str, label: str) -> Axes:
     ax.set_xlabel("p: share of memories woken (%)")
     ax.set_ylabel("q")
     ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label=label)
+    bar = ax.figure.colorbar(image, ax=ax, label=label)
+    if both:
+        bar.ax.axhline(0, color="black", lw=1)
     return ax
 
 

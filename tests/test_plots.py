@@ -113,6 +113,13 @@ def test_layer_changes_are_relative_to_the_peak(ax: Axes) -> None:
     assert "millions" in tokens.get_xlabel()
 
 
+def test_a_peak_at_the_end_leaves_no_layer_to_draw(ax: Axes) -> None:
+    table = pd.DataFrame({"step": [0, 50], "layer": 0, "entropy_nats": [1.0, 3.0]})
+    plots.layer_changes(table, ax, 50, 2_000_000)
+    assert [text.get_text() for text in ax.texts] == ["no step after the peak (50)"]
+    assert not ax.get_lines() and not ax.child_axes
+
+
 # --- Fig. 4 and 5 ---------------------------------------------------------------------------------
 
 

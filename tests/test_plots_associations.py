@@ -59,7 +59,14 @@ def test_contrasts_are_drawn_in_units_of_what_would_matter(ax):
         marks[1].get_markerfacecolor() == COLOURS[0] and marks[0].get_markerfacecolor() == "white"
     )
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["other ←", "one thing →"]
+    assert labels == ["It stays ←", "It grows →"]
+
+
+def test_what_is_true_by_definition_is_grey(ax):
+    contrasts_forest(contrasts(expected_by=["its definition", "us", "us"]), ax)
+    marks = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [line.get_color() for line in marks] == ["0.4", "0.7"]
+    assert [label.get_color() for label in ax.get_yticklabels()] == ["black", "0.5"]
 
 
 def test_contrasts_in_markdown_say_what_lies_beside_zero_first():

@@ -191,3 +191,11 @@ def test_rows_of_slopes(ax):
     plots_branches.slope_dots({"one": table, "two": table.head(1)}, ax, "slope")
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["one", "two"]
     assert [text.get_text() for text in ax.texts] == ["above 0 in\n3 of 4", "above 0 in\n1 of 1"]
+
+
+def test_many_slopes_have_their_names_inside_and_outliers_their_place(ax):
+    table = pd.DataFrame({"seed": range(5), "slope": [0.1, 0.2, 0.3, -7, 0.5]})
+    plots_branches.slope_dots({name: table for name in "abcde"}, ax, "slope", linear=1)
+    assert [text.get_text() for text in ax.texts][-5:] == list("abcde")
+    assert ax.get_xscale() == "symlog" and ax.get_xlim()[0] < -7
+    assert ax.get_xticks().tolist() == [-5, -2, -1, 0, 1, 2, 5] and not ax.get_yticks().size

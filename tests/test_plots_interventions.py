@@ -244,6 +244,21 @@ def test_a_plane_numbers_its_points_around_the_original(ax: Axes) -> None:
     assert ax.get_ylim()[1] > 20 and ax.get_xscale() == ax.get_yscale() == "symlog"
 
 
+def test_names_of_points_do_not_cover_each_other(ax: Axes) -> None:
+    points = {str(n): (0.5 + n / 1000, 0.5, "black") for n in range(9)}
+    plots_interventions.name_points(ax, points)
+    ax.figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert [text.get_text() for text in ax.texts] == list(points)
+    centres = [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in boxes]
+    assert not any(
+        abs(x - a) < 4 and abs(y - b) < 4
+        for i, (x, y) in enumerate(centres)
+        for a, b in centres[:i]
+    )
+    assert sum(text.arrow_patch is not None for text in ax.texts) >= 5  # those further off
+
+
 def test_a_sweep_fills_eight_panels() -> None:
     shown, pairs, arms = small_sweep()
     _, axes = plots.panels(4, 2)

@@ -281,6 +281,26 @@ def test_with_enough_seeds_limits_hold_the_intervals(ax: Axes) -> None:
     assert to_hex(containers(ax)["once"].lines[0].get_color()) == plots.COLOURS[2]
 
 
+def test_intervals_of_a_fraction_end_where_it_does(ax: Axes) -> None:
+    table = values({("once", seed, 60): [float(seed < 104)] for seed in range(100, 105)})
+    table = table.assign(p_cl=table["value"])
+    plots_learning.against_stage(table, ax, "p_cl", "entry_set", NAMES, TICKS, "P (%)", 100)
+    (bar,) = (segment[:, 1] for segment in containers(ax)["once"].lines[2][0].get_segments())
+    assert bar == pytest.approx([80 - 55.53, 100], abs=0.01)  # not 135.5
+    assert ax.get_ylim()[1] < 110 and ax.get_ylabel() == "P (%), bars cut at 100"
+    ax.clear()  # a difference of fractions goes beyond
+    plots_learning.against_stage(table, ax, "p_cl", "entry_set", NAMES, TICKS, "P", zero=True)
+    assert ax.get_ylim()[1] > 1.3 and ax.get_ylabel() == "P"
+
+
+def test_two_of_many_seeds_have_no_bar(ax: Axes) -> None:
+    table = values({("once", seed, step): [seed] for seed in range(4) for step in (30, 60)})
+    table.loc[(table["seed"] > 1) & (table["stage_step"] == 30), "value"] = np.nan
+    plots_learning.against_stage(table, ax, "value", "entry_set", NAMES, TICKS, "F")
+    few, many = (np.ptp(s[:, 1]) for s in containers(ax)["once"].lines[2][0].get_segments())
+    assert few == 0 and many > 4  # t(0.975, 3) = 3.18 times a standard error of 0.645
+
+
 def test_values_that_are_not_defined_are_left_out(ax: Axes) -> None:
     table = values({("once", 100, 30): [np.nan], ("once", 100, 60): [0.5]})
     plots_learning.against_stage(table, ax, "value", "entry_set", NAMES, TICKS, "F")

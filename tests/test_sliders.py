@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
 from kelib import plots_sliders, sliders
 from kelib.errors import KelibError
@@ -91,3 +93,15 @@ def test_what_a_model_cannot_undergo_is_said_under_the_sliders(canvas: None) -> 
     box = plots_sliders.sliders(Refusing(tables_of(EFFECTS)), 0.1, 1.0, 1, live=False)
     box.children[0].value = 0.5
     assert box.children[3].value == "3 memories have a mean coefficient of 0"
+
+
+def test_maps_of_changes_are_white_at_zero_and_tell_both_signs_apart(ax: Axes) -> None:
+    table = pd.DataFrame({"ratio": [0.0, 0.5, 0.5], "factor": [1.0, 0.5, 1.0]})
+    plots_sliders.grid_map(table.assign(change=[0.0, -1.0, 4.0]), ax, "change", "nats")
+    (image,) = ax.images
+    assert image.norm(0.0) == 0.5 and image.get_array().tolist() == [[-1], [4]]
+    assert [text.get_text() for text in ax.texts] == ["-1.00", "+4.00"] and len(ax.patches) == 1
+    assert any(set(line.get_ydata()) == {0} for line in image.colorbar.ax.get_lines())
+    ax.clear()
+    plots_sliders.grid_map(table.assign(change=[0.0, 1.0, 4.0]), ax, "change", "nats")
+    assert ax.images[0].norm(0.0) == 0 and not ax.patches
