@@ -22,9 +22,9 @@ EARLY = $(shell grep -l 'name: early stages' '$(PARAMS)' 2>/dev/null)
 # figures by the stage after which they can be drawn
 AFTER_2 := fig02_knowledge_entropy fig03_attention_next_token fig07_data_sets fig08_layers fig09_definitions \
 	fig10_entities ours_convergence ours_plasticity_panel $(if $(call has,comparison),fig06_other_family)
-AFTER_3 := fig01_overview fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting ours_release \
+AFTER_3 := fig04_stages fig11_once_paraphrase fig12_before_after ours_probe_levels ours_task_forgetting ours_release \
 	$(if $(call has,variants),fig13_corpora tab01_protocols ours_confounds) $(if $(EARLY),fig14_whole_pretraining) $(if $(call has,curve_seeds),ours_learning_curves)
-AFTER_4 := fig05_resuscitation tab00_claims ours_correlations $(if $(call has,arms),ours_interventions fig15_ratio \
+AFTER_4 := fig01_overview fig05_resuscitation tab00_claims ours_correlations $(if $(call has,arms),ours_interventions fig15_ratio \
 	fig16_resuscitation_stages fig18_attention_temperature)
 AFTER_6 := $(if $(call has,mechanism),ours_gradient_shares ours_memory_sources ours_sensitivity) \
 	$(if $(call has,retention),ours_retention) $(if $(call has,reactivation),ours_reactivation)
