@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -25,6 +25,7 @@ from kelib.verdicts import EXPLORATORY, NOT_TESTABLE, verdicts
 COLUMNS = ["kind", "name", "learning_rate", "n", "mean", "low95", "high95", "unit", "judgement"]
 KEYS = ["kind", "name", "learning_rate"]
 UNJUDGED = (NOT_RUN, NOT_TESTABLE, EXPLORATORY)  # rows of the claims table that nothing decides
+LATER = ("k_gain", "k_cl")  # quantities of claims with conditions of later, see claims.yaml
 NEEDED = ("continual", "entropy", "checkpoints")
 Tables = Mapping[str, pd.DataFrame]
 
@@ -76,6 +77,23 @@ def judged_claims(claims: tuple[Claim, ...], tables: Tables) -> pd.DataFrame:
         claims,
         tokens_per_parameter=float(checkpoints["tokens_per_parameter"].max()),
     )
+
+
+def without_later_conditions(claims: tuple[Claim, ...], tables: Tables) -> pd.DataFrame:
+    """Rows of the claims table whose verdict would be another without the conditions on P that
+    claims on K got after the first seed had been looked at: ``verdict`` and ``verdict_without``.
+    """
+    freed = tuple(
+        replace(claim, conditions=replace(claim.conditions, p_pt_margin=None, p_cl_margin=None))
+        if claim.quantity in LATER
+        else claim
+        for claim in claims
+    )
+    before = judged_claims(freed, tables)[["claim", "learning_rate", "verdict"]]
+    keys = ["claim", "learning_rate"]
+    both = judged_claims(claims, tables).merge(before, on=keys, suffixes=("", "_without"))
+    moved = both[both["verdict"] != both["verdict_without"]]
+    return moved.sort_values("learning_rate", ascending=False, kind="stable", ignore_index=True)
 
 
 def _contrasts(

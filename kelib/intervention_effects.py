@@ -56,7 +56,6 @@ COLUMNS = {
 }
 SWEEP = ["learning_rate", "arm"]  # what tells the groups of a sweep apart
 EMPTY = "not defined"
-mean_words = row_words  # called so by a notebook that is yet to change
 
 
 def with_baselines(runs: pd.DataFrame) -> pd.DataFrame:

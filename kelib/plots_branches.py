@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kelib import trends
 from kelib.config import Pretraining
 from kelib.errors import KelibError, listing
 from kelib.metrics import with_gain
@@ -285,13 +284,6 @@ def slope_dots(
 
 
 # --- words ----------------------------------------------------------------------------------------
-
-
-def mean_words(
-    table: pd.DataFrame, value: str, unit: str, decimals: int = 2, scale: float = 1
-) -> str:
-    """:func:`kelib.trends.mean_words`, called so by a notebook that is yet to change."""
-    return trends.mean_words(table, value, scale, decimals, unit)
 
 
 def decay_notes(n: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from kelib.changed_claims import NEEDED, declared, without_later_conditions
 from kelib.config import Profile
 from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
@@ -107,6 +108,23 @@ def controls_markdown(tables: Tables) -> str:
     )
 
 
+def later_markdown(tables: Tables) -> str:
+    """What the claims on K would say without the condition on P that was added to them later."""
+    found = {name: tables.table(name) for name in NEEDED}
+    found |= {"interventions": tables.table("interventions")}
+    moved = without_later_conditions(declared().claims, found)
+    said = [
+        f"{row['statement'].rstrip('.')} at CL rate {row['learning_rate']:g}: "
+        f"*{row['verdict_without']}* in place of *{row['verdict']}*"
+        for row in moved.to_dict("records")
+    ]
+    return (
+        "**Without the condition added later.** Claims on K got the conditions on P after seed 100 "
+        "had been looked at. "
+        + (f"Without: {'; '.join(said)}." if said else "Without, no verdict is another.")
+    )
+
+
 def protocol_markdown(profile: Profile) -> str:
     """What differs from the paper's protocol by scale, in one table."""
     plan, corpus, world = profile.continual, profile.corpus, profile.corpus.world
@@ -169,7 +187,8 @@ def refresh_readme(readme: Path, shown: str, opened: Callable[[str], Tables | No
     read_figure_note(tables.figures / "tab00_claims.json")
     claims = pd.read_csv(tables.figures / "tab00_claims.csv")
     text = replace_generated(text, "claims", claims_markdown(claims))
-    text = replace_generated(text, "controls", controls_markdown(tables))
+    beside = f"{later_markdown(tables)}\n\n{controls_markdown(tables)}"
+    text = replace_generated(text, "controls", beside)
     found = [(opened(figure), declared) for figure, declared in DECLARED.items()]
     judged = [judged_contrasts(at, declared) for at, declared in found if at is not None]
     if judged:

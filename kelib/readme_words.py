@@ -116,7 +116,10 @@ def _overview_words(tables: Tables) -> str:
     entropy = f"entropy {last['entropy_pt'] - first['entropy_pt']:+.2f} nats"
     moves = [100 * (last[name] - first[name]) for name in ("acquisition", "forgetting")]
     changes = f"{entropy}, A {moves[0]:+.1f}, F {moves[1]:+.1f} points"
-    return f"{_first_rate(tables)}, last minus first stage: {changes}"
+    from kelib.plots_overview import stage_verdicts  # with matplotlib, which others need not
+
+    verdict = " and ".join(dict.fromkeys(stage_verdicts(tables).values()))
+    return f"{_first_rate(tables)}, last minus first stage: {changes} (A and F: {verdict})"
 
 
 def _stages_words(tables: Tables) -> str:

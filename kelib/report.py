@@ -16,7 +16,7 @@ from kelib.config import load_profile, repository_root
 from kelib.errors import KelibError
 from kelib.figure_stages import REGIMES, figures_of
 from kelib.published import published_profiles
-from kelib.readme import controls_markdown, protocol_markdown
+from kelib.readme import controls_markdown, later_markdown, protocol_markdown
 from kelib.readme_figures import FIGURES
 from kelib.reference import SEARCH
 from kelib.report_charts import charts, script
@@ -191,7 +191,10 @@ def _summary(claims: pd.DataFrame | None) -> list[tuple[str, str, int]]:
 def _words(tables: Tables, part: str, page: Path) -> str:
     """The control, or what differs from the paper's protocol, as the README has it (HTML)."""
     if (tables.folder / "continual.csv").exists() and "pretraining" in tables.parameters:
-        text = controls_markdown(tables) if part == "control" else protocol_markdown(tables.profile)
+        if part == "control":
+            text = f"{later_markdown(tables)}\n\n{controls_markdown(tables)}"
+        else:
+            text = protocol_markdown(tables.profile)
         return html(text, page.parent, repository_root())
     return ""
 

@@ -36,6 +36,19 @@ from kelib.tables import provenance, write_table
 
 SECONDS = {"pretraining": 600, "entropy": 240, "continual": 1200, "interventions": 120}
 RATE, LOWER = 6e-3, 1e-3
+# what the claims need beside the numbers that are quoted
+KNOWN = {"chance": 0.25, "k_pt": -6.0, "p_pt": 0.9, "p_cl": 0.5, "stage_label": "a stage"}
+KNOWN_AFTER = {
+    "chance": 0.25,
+    "k_pt": -6.0,
+    "p_pt": 0.9,
+    "injected": True,
+    "stage_label": "last",
+    "k_modified": -6.0,
+    "p_modified": 0.9,
+}
+CL_SEEDS, RATIOS = [0, 1, 0, 1, 0, 0, 0], [np.nan, np.nan, 0.5, 0.5, 0.5, np.nan, 0.5]
+ARMS = ["none", "none", *["resuscitate"] * 3, "none", "resuscitate"]
 DRAWN = ("fig02_knowledge_entropy", "fig04_stages", "fig05_resuscitation", "tab00_claims")
 README = """Before.
 <!-- generated: claims -->
@@ -90,10 +103,19 @@ def planted() -> dict[str, pd.DataFrame]:
         "entropy": pd.DataFrame(
             entropy, columns=["seed", "step", "layer", "entropy_nats", "bound_nats"]
         ),
-        "checkpoints": pd.DataFrame({"seed": 100, "step": list(total), "p": 0.5}),
-        "continual": pd.DataFrame(continual, columns=columns).assign(seed=100),
+        "checkpoints": pd.DataFrame(
+            {"seed": 100, "step": list(total), "p": 0.5, "tokens_per_parameter": 10.0}
+        ),
+        "continual": pd.DataFrame(continual, columns=columns).assign(seed=100, **KNOWN),
         "interventions": pd.DataFrame(
             interventions, columns=["learning_rate", "factor", "k_cl", "p_cl"]
+        ).assign(
+            seed=100,
+            cl_seed=CL_SEEDS,
+            ratio=RATIOS,
+            intervention=ARMS,
+            stage_step=1500,
+            **KNOWN_AFTER,
         ),
     }
 
