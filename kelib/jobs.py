@@ -151,7 +151,7 @@ def evaluate(settings: Settings, inputs: Inputs, folder: Path, progress: Progres
         step_folder(inputs["pretrain"], settings["step"]), settings["pretrain"]
     )
     found = evaluation.evaluate(model, tokenizer, _world_of(settings), packed)
-    _write_items(folder, "", found)
+    _write_items(folder, found)
     note = {"parameters": sum(p.numel() for p in model.parameters())}
     (folder / "result.json").write_text(json.dumps({**note, **found.summary()}, indent=1))
 
@@ -186,7 +186,7 @@ def intervene(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
     before, _ = _start({**settings, "intervention": None}, inputs)
     model, tokenizer = _start(settings, inputs)
     found = evaluate(model, tokenizer, _world_of(settings), packed)
-    _write_items(folder, "", found)
+    _write_items(folder, found)
     weights = describe_change(before, model)["total"]
     more = {f"weights_{name}": value for name, value in weights.items()}
     _write_result(folder, found, model, packed, more)
@@ -253,7 +253,7 @@ def continual(settings: Settings, inputs: Inputs, folder: Path, progress: Progre
     if curve is not None:
         _write_table(curve.table(), folder / "curve.csv")
     after = evaluate(model, tokenizer, world, packed)
-    _write_items(folder, "", after)
+    _write_items(folder, after)
     if settings["keep"]:
         model.save_pretrained(folder / "model")
     _write_result(folder, after, model, packed, {"losses": trainer.losses})
@@ -293,7 +293,7 @@ def later(settings: Settings, inputs: Inputs, folder: Path, progress: Progress) 
     packed = load_corpus(inputs["corpus"])
     model, tokenizer, losses = retention.go_on(settings, inputs, packed, folder, progress)
     found = evaluation.evaluate(model, tokenizer, _world_of(settings), packed)
-    _write_items(folder, "", found)
+    _write_items(folder, found)
     _write_result(folder, found, model, packed, {"losses": losses})
 
 
@@ -307,11 +307,10 @@ def reactivation(settings: Settings, inputs: Inputs, folder: Path, progress: Pro
     reactivation.reactivation(models, tokenizer, settings, inputs, folder, progress)
 
 
-def _write_items(folder: Path, prefix: str, found: Any) -> None:
+def _write_items(folder: Path, found: Any) -> None:
     """Item-level results as CSV; they carry numbers of entries and questions, never their text."""
-    tables: dict[str, pd.DataFrame] = {"probes": found.probes, "questions": found.questions}
-    for name, table in tables.items():
-        _write_table(table, folder / f"{prefix}{name}.csv", "%.6f")
+    _write_table(found.probes, folder / "probes.csv", "%.6f")
+    _write_table(found.questions, folder / "questions.csv", "%.6f")
 
 
 def _write_table(table: pd.DataFrame, path: Path, float_format: str | None = None) -> None:
