@@ -15,7 +15,7 @@ from pathlib import Path
 from kelib.config import digest
 
 # Modules of each kind of run whose code its numbers rest on (beside those of its inputs), or one
-# function of a module that also holds what no run rests on.
+# function of a module that also holds what no run rests on, with the private ones that it calls.
 _ENTROPY = (
     *("architectures", "watching", "jackknife", "entropy", "accumulation", "attention"),
     *("batches", "logits", "measurement", "processes"),
@@ -23,10 +23,9 @@ _ENTROPY = (
 _EVALUATION = (
     *("scoring", "requests", "evaluation", "batches"),
     *("metrics:knowledge_score", "metrics:knowledge_by"),
-    *("metrics:_per_entry", "metrics:_over_sets"),
 )
 _CHANGED = (
-    *("jobs:_start", "jobs:_write_result", "interventions", "alternatives", "ffn", "panel"),
+    *("interventions", "alternatives", "ffn", "panel"),
     *_ENTROPY,
     *_EVALUATION,
 )
@@ -125,14 +124,29 @@ def code_digest(kind: str) -> str:
     return digest({name: _plain_code(name, Path(__file__).parent) for name in CODE[kind]})
 
 
-def _plain_code(name: str, folder: Path) -> str:
+def _plain_code(name: str, folder: Path) -> list[str]:
     module, _, function = name.partition(":")
-    tree: ast.AST = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
-    if function:
-        tree = {getattr(node, "name", ""): node for node in ast.iter_child_nodes(tree)}[function]
-    for node in ast.walk(tree):
+    tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
+    parts: list[ast.AST] = _with_private(tree, function) if function else [tree]
+    for node in (node for part in parts for node in ast.walk(part)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
             node
         ):
             node.body = node.body[1:]
-    return ast.dump(tree)
+    return [ast.dump(part) for part in parts]
+
+
+def _with_private(tree: ast.Module, function: str) -> list[ast.AST]:
+    """A function of a module and the private ones of that module that it calls, also through each
+    other, by name.
+    """
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    private = {name for name in defined if name.startswith("_")}
+    found: dict[str, ast.AST] = {}
+    todo = {function}
+    while todo:
+        name = todo.pop()
+        found[name] = defined[name]
+        used = {node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)}
+        todo |= (used & private) - found.keys()
+    return [found[name] for name in sorted(found)]

@@ -24,9 +24,9 @@ from kelib.items import gain_interval
 from kelib.metrics import forgetting_over_chance
 from kelib.own_model import with_places
 from kelib.revisions import Revision
-from kelib.run import Run
+from kelib.run import Run, provenance_of_runs
 from kelib.study_tables import learning_table
-from kelib.tables import provenance_of_runs, read_table, write_atomically, write_table
+from kelib.tables import read_table, write_atomically, write_table
 from kelib.task_files import PUBLIC_TASKS
 
 if TYPE_CHECKING:

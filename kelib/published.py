@@ -28,10 +28,10 @@ from kelib.own_model import GENERATED as GENERATED
 from kelib.own_model import is_own, own_model_run, with_places
 from kelib.profile_kinds import load_kind, profile_from_values, profiles_of_kind
 from kelib.results import Tables, open_tables
-from kelib.run import Run
+from kelib.run import Run, provenance_of_runs
 from kelib.runs import execute
 from kelib.schema import digest, require, require_name
-from kelib.tables import library_digest, provenance_of_runs, read_table, write_table
+from kelib.tables import library_digest, read_table, write_table
 
 DEFINITIONS = ("absolute", "relu", "contribution")  # of kelib.accumulation, which imports torch
 TABLES = ("entropy", "totals", "convergence", "texts")

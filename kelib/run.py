@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from kelib import seals
 from kelib.code_table import code_digest
 from kelib.config import digest
 from kelib.errors import KelibError
+from kelib.tables import provenance
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,13 @@ def writer(folder: Path) -> int | None:
         return int((folder / "lock").read_text())
     except (OSError, ValueError):
         return None
+
+
+def provenance_of_runs(
+    parameters: Mapping[str, Any], seeds: list[int], inputs: Mapping[str, str], runs: Sequence[Run]
+) -> dict[str, Any]:
+    """:func:`kelib.tables.provenance` with how many ``runs`` are behind a table and the seconds that
+    they took, summed over processes. Neither is part of the digest.
+    """
+    seconds = round(sum(run.note()["seconds"] for run in runs), 1)
+    return {**provenance(parameters, seeds, inputs), "run_seconds": seconds, "runs": len(runs)}

@@ -35,7 +35,7 @@ from kelib.regimes import (
     regime_runs,
     regimes_table,
 )
-from kelib.run import Run
+from kelib.run import Run, provenance_of_runs
 from kelib.study import Study
 from kelib.study_tables import (
     checkpoints_table,
@@ -48,7 +48,6 @@ from kelib.study_tables import (
 )
 from kelib.tables import (
     library_digest,
-    provenance_of_runs,
     read_provenance,
     read_table,
     seal_vectors,

@@ -6,11 +6,11 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,6 @@ from kelib import seals
 from kelib.config import digest, repository_root
 from kelib.errors import KelibError, listing
 from kelib.temporary import temporary_beside
-
-if TYPE_CHECKING:
-    from kelib.run import Run
 
 # not there; not JSON, or not a mapping; brackets too deep
 _NOT_A_NOTE = (OSError, ValueError, TypeError, RecursionError)
@@ -177,16 +174,6 @@ def provenance(
         "inputs": dict(inputs),
         "digest": digest([code, dict(parameters), list(seeds), dict(inputs)]),
     }
-
-
-def provenance_of_runs(
-    parameters: Mapping[str, Any], seeds: list[int], inputs: Mapping[str, str], runs: Sequence[Run]
-) -> dict[str, Any]:
-    """:func:`provenance` with how many ``runs`` are behind a table and the seconds that they took,
-    summed over processes. Neither is part of the digest.
-    """
-    seconds = round(sum(run.note()["seconds"] for run in runs), 1)
-    return {**provenance(parameters, seeds, inputs), "run_seconds": seconds, "runs": len(runs)}
 
 
 def stack_coefficients(files: Mapping[int, Path], path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kelib.results import Tables, open_tables
-from kelib.run import Run
-from kelib.tables import provenance_of_runs, read_table, seal_vectors, write_table
+from kelib.run import Run, provenance_of_runs
+from kelib.tables import read_table, seal_vectors, write_table
 from kelib.trajectory_profile import TrajectoryProfile, trajectory_from
 
 if TYPE_CHECKING:

@@ -217,6 +217,9 @@ PACKED = ("learning_text", *CONTINUED)
         ("branches", {"branch"}),
         ("jobs:continual", {"continual"}),
         ("jobs:pretrain", {"pretrain"}),
+        ("jobs:_write_items", {"evaluate", "intervene", "continual", "later"}),
+        ("jobs:_start", {"intervene", "continual", "reactivation"}),
+        ("metrics:_per_entry", {*SCORED, *ALONG, *CONTINUED}),
         ("convergence", {"entropy", "published", *ALONG}),
         ("metrics:knowledge_score", {*SCORED, *ALONG, *CONTINUED}),
         ("metrics:bootstrap_interval", set()),  # no stored number rests on these
