@@ -158,8 +158,8 @@ def writer(folder: Path) -> int | None:
 def provenance_of_runs(
     parameters: Mapping[str, Any], seeds: list[int], inputs: Mapping[str, str], runs: Sequence[Run]
 ) -> dict[str, Any]:
-    """:func:`kelib.tables.provenance` with how many ``runs`` are behind a table and the seconds they
-    took, summed over processes. Neither is part of the digest.
+    """:func:`kelib.tables.provenance` with how many ``runs`` are behind a table and the seconds
+    that they took, summed over processes. Neither is part of the digest.
     """
     seconds = round(sum(run.note()["seconds"] for run in runs), 1)
     return {**provenance(parameters, seeds, inputs), "run_seconds": seconds, "runs": len(runs)}
