@@ -1,9 +1,9 @@
 """``python -m tests.benchmarks.imports``: what a notebook waits for before its first line, and what
 the environment holds for whom.
 
-Seconds are medians over fresh processes, each beside the modules that it loads. Sizes are those of
-installed packages that would go if one package of ``pyproject.toml`` went: what others need as well
-counts for neither. Kept in ``data/measurements/bench/imports.csv``.
+Seconds are medians over rounds of fresh processes, each beside the modules that it loads. Sizes are
+those of installed packages that would go if one package of ``pyproject.toml`` went: what others
+need as well counts for neither. Kept in ``data/measurements/bench/imports.csv``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kelib.tables import provenance, write_table
 from .__main__ import FOLDER
 from .harness import processor
 
-ROUNDS = 5
+ROUNDS = 7
 KERNEL = "from jupyter_client.manager import start_new_kernel as s; m, c = s(); m.shutdown_kernel()"
 # what runs -> the code; each in a process of its own
 STEPS = {
@@ -43,20 +43,25 @@ PACKAGES = ("jupyterlab", "lm-eval", "transformers", "vl-convert-python", "mypy"
 
 
 def waits() -> list[dict[str, Any]]:
-    """A row for each of :data:`STEPS`: median seconds of a process, and modules loaded by it."""
-    rows = []
-    for what, code in STEPS.items():
-        told = f"{code}\nimport sys; print(len(sys.modules))"
-        seconds, modules = [], 0
-        for _ in range(ROUNDS):
+    """A row for each of :data:`STEPS`: median seconds of a process, and modules loaded by it.
+
+    One round follows the other, as a machine that is slower for a while should slow all steps.
+    """
+    seconds: dict[str, list[float]] = {what: [] for what in STEPS}
+    modules = {}
+    for _ in range(ROUNDS):
+        for what, code in STEPS.items():
+            told = f"{code}\nimport sys; print(len(sys.modules))"
             start = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-c", told], capture_output=True, text=True, check=True
             )
-            seconds.append(time.perf_counter() - start)
-            modules = int(done.stdout.split()[-1])
-        rows.append({"what": what, "seconds": statistics.median(seconds), "modules": modules})
-    return rows
+            seconds[what].append(time.perf_counter() - start)
+            modules[what] = int(done.stdout.split()[-1])
+    return [
+        {"what": what, "seconds": statistics.median(found), "modules": modules[what]}
+        for what, found in seconds.items()
+    ]
 
 
 def sizes() -> list[dict[str, Any]]:
