@@ -23,7 +23,7 @@ ARROWS = {FALLS: "↓", RISES: "↑", OPEN: "?"}
 SELECTED = ("small", "study")  # profiles whose recipe was chosen because its entropy falls
 # how a reason of kelib.verdicts begins -> what a title has room for
 OBSTACLES = {
-    "P_CL - chance": "tasks at chance",
+    "P_CL - chance": "tasks near chance",
     "P_PT - chance": "tasks not known before CL",
     "entropy does not fall": "entropy does not fall",
 }
@@ -80,7 +80,7 @@ def arrows(row: Mapping[str, str]) -> str:
 
 def stage_verdicts(tables: Tables) -> dict[str, str]:
     """The verdict on what each measure of the paper stands for, at the first CL rate, in few words:
-    acquisition -> ``contradicted``, forgetting -> ``not testable: tasks at chance``.
+    acquisition -> ``contradicted``, forgetting -> ``not testable: tasks near chance``.
 
     Judged as the claims table is, from the same tables and file: the exploratory claim on a measure
     stands beside the primary one whose verdict this is. Raises KelibError as :mod:`kelib.claims`.

@@ -119,7 +119,7 @@ def _overview_words(tables: Tables) -> str:
     from kelib.plots_overview import stage_verdicts  # with matplotlib, which others need not
 
     verdict = " and ".join(dict.fromkeys(stage_verdicts(tables).values()))
-    return f"{_first_rate(tables)}, last minus first stage: {changes} (A and F: {verdict})"
+    return f"{_first_rate(tables)}, last minus first stage: {changes} (A and F {verdict})"
 
 
 def _stages_words(tables: Tables) -> str:

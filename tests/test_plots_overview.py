@@ -26,7 +26,7 @@ def test_a_title_carries_the_verdict_in_a_line_of_its_own() -> None:
     ("verdict", "reason", "words"),
     [
         ("undecided", "adjusted p >= 0.05", "undecided"),
-        (NOT_TESTABLE, "P_CL - chance is below 0.05 in 4 of 5 seeds", "tasks at chance"),
+        (NOT_TESTABLE, "P_CL - chance is below 0.05 in 4 of 5 seeds", "tasks near chance"),
         (NOT_TESTABLE, "entropy does not fall in seed 103", "entropy does not fall"),
         (NOT_TESTABLE, "forgetting divides by 0 in seed 103", "not testable here"),
     ],
@@ -38,7 +38,7 @@ def test_verdicts_in_few_words(verdict: str, reason: str, words: str) -> None:
 
 def test_verdicts_are_those_of_the_claims_table() -> None:
     """At its first rate the study brings tasks to chance, which forbids a test."""
-    chance = "not testable: tasks at chance"
+    chance = "not testable: tasks near chance"
     assert stage_verdicts(open_tables("study")) == {"acquisition": chance, "forgetting": chance}
 
 
