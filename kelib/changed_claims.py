@@ -27,6 +27,7 @@ KEYS = ["kind", "name", "learning_rate"]
 UNJUDGED = (NOT_RUN, NOT_TESTABLE, EXPLORATORY)  # rows of the claims table that nothing decides
 LATER = ("k_gain", "k_cl")  # quantities of claims with conditions of later, see claims.yaml
 NEEDED = ("continual", "entropy", "checkpoints")
+JUDGED = (*NEEDED, "interventions")  # tables that all claims rest on
 Tables = Mapping[str, pd.DataFrame]
 
 

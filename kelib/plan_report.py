@@ -21,7 +21,6 @@ from kelib.config import repository_root
 from kelib.errors import KelibError
 from kelib.figure_stages import figures_of
 from kelib.grid import STAGES, free_bytes, refuse_small_disk
-from kelib.own_model import GENERATED
 from kelib.plan_check import check_table, refuse_bad_estimate
 from kelib.published import PublishedStudy, open_published, published_profiles
 from kelib.scale import DEVICES, fsdp2_memory, training_memory
@@ -144,8 +143,7 @@ def plan(
     if isinstance(study, Study):
         table = planner.figures_table(runs, figures or figures_of(study.profile))
         print_table("Figures, with all the runs they rest on", table, FIGURES, counts_only)
-        corpus = study.profile.corpus
-        if all(text.startswith(GENERATED) for text in (*corpus.general, *corpus.domain)):
+        if study.profile.corpus.generated:
             refuse_small_disk(name, needed, study.data)
             return  # for trying out: its grid says nothing about the paper's
         title = f"The same grid with the paper's models and tokens, MFU {mfu:g}, no pretraining"

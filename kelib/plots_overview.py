@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from kelib import claims as rule
-from kelib.changed_claims import judged_claims
-from kelib.config import Profile, repository_root
+from kelib.changed_claims import JUDGED, declared, judged_claims
+from kelib.config import Profile
 from kelib.errors import KelibError, listing
 from kelib.results import Tables
 from kelib.tables import read_vectors
@@ -85,9 +85,8 @@ def stage_verdicts(tables: Tables) -> dict[str, str]:
     Judged as the claims table is, from the same tables and file: the exploratory claim on a measure
     stands beside the primary one whose verdict this is. Raises KelibError as :mod:`kelib.claims`.
     """
-    claims = rule.load_claims(repository_root() / "notebooks" / "params" / "claims.yaml")
-    names = ("continual", "interventions", "entropy", "checkpoints")
-    judged = judged_claims(claims, {name: tables.table(name) for name in names})
+    claims = declared().claims
+    judged = judged_claims(claims, {name: tables.table(name) for name in JUDGED})
     rate = tables.profile.continual.learning_rates[0]
     rows = {row["claim"]: row for row in judged[judged["learning_rate"] == rate].to_dict("records")}
     if not rows:
@@ -109,16 +108,11 @@ def verdict_words(row: Mapping[Any, Any]) -> str:
     return f"not testable: {known[0]}" if known else NOT_TESTABLE
 
 
-def on_generated_text(profile: Profile) -> bool:
-    """Whether all text that the models are pretrained on is made up."""
-    return all(source.startswith("generated:") for source in profile.corpus.general)
-
-
 def selection_words(name: str, profile: Profile) -> str:
     """What a fall of the entropy is worth in the profile called ``name``: a sentence, empty where
     the recipe was not selected for it.
     """
-    if on_generated_text(profile):
+    if profile.corpus.generated:
         return "The text is generated and the models are tiny: these numbers mean nothing."
     if name in SELECTED:
         return "The regime was selected because its entropy falls: that is no reproduction."

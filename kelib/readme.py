@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kelib.changed_claims import NEEDED, declared, without_later_conditions
+from kelib.changed_claims import JUDGED, declared, without_later_conditions
 from kelib.config import Profile
 from kelib.contrasts import judged_contrasts
 from kelib.errors import KelibError, listing
@@ -110,8 +110,7 @@ def controls_markdown(tables: Tables) -> str:
 
 def later_markdown(tables: Tables) -> str:
     """What the claims on K would say without the condition on P that was added to them later."""
-    found = {name: tables.table(name) for name in NEEDED}
-    found |= {"interventions": tables.table("interventions")}
+    found = {name: tables.table(name) for name in JUDGED}
     moved = without_later_conditions(declared().claims, found)
     said = [
         f"{row['statement'].rstrip('.')} at CL rate {row['learning_rate']:g}: "

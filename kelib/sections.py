@@ -34,6 +34,11 @@ class Corpus:
     world: WorldSize
     convergence_sequences: int = 2048  # as entropy_sequences: how the estimate depends on |D|
 
+    @property
+    def generated(self) -> bool:
+        """Whether all text that models are pretrained on is made up, as for trying out."""
+        return all(source.startswith("generated:") for source in self.general)
+
     def __post_init__(self) -> None:
         within(self, 300, 65536, "vocabulary_size")  # blocks are stored as uint16
         at_least(self, sequence_length=8, entropy_sequences=1, convergence_sequences=1)

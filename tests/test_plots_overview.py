@@ -7,7 +7,6 @@ import pytest
 from kelib.config import load_profile
 from kelib.plots_overview import (
     arrows,
-    on_generated_text,
     selection_words,
     stage_verdicts,
     verdict_words,
@@ -44,7 +43,7 @@ def test_verdicts_are_those_of_the_claims_table() -> None:
 
 def test_a_selected_fall_and_generated_text_are_called_that() -> None:
     smoke, small = load_profile("smoke"), load_profile("small")
-    assert on_generated_text(smoke) and not on_generated_text(small)
+    assert smoke.corpus.generated and not small.corpus.generated
     assert "mean nothing" in selection_words("smoke", smoke)
     assert "selected" in selection_words("small", small)
     assert selection_words("mine", small) == ""
